@@ -103,6 +103,7 @@ def test_these_names_are_public_and_each_is_described() -> None:
 
 OPENS_FILES = {
     "running.process": "memory of this process, which Linux tells in /proc",
+    "tensors.instructions": "the kind of the processor, which Linux tells in /proc",
     "cli.streams": "the standard streams, where a daemon has closed them",
 }
 """Modules outside ``stores`` that open something by a path, and what."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -231,3 +232,19 @@ def test_the_help_tells_the_first_sentence_of_each_command() -> None:
     context = click.Context(group)
     found = {name: group.get_command(context, name) for name in group.list_commands(context)}
     assert {name: command.get_short_help_str(1000) for name, command in found.items() if command} == SHORT
+
+
+STRACE = shutil.which("strace")
+
+
+@pytest.mark.skipif(STRACE is None or sys.version_info < (3, 11), reason="needs strace and frames in chunks")
+def test_the_stack_is_not_mapped_anew_at_each_call(tmp_path: Path) -> None:
+    """Calls that cross the end of a chunk of 16 KiB would map and unmap it each time, thousands of times during imports."""
+    deep = "def even(): pass\ndef deep(n):\n  for _ in range(50): even()\n  n and deep(n - 1)\n"
+    inside = "import streammerge.cli.main as m\nm.cli.main = lambda **options: deep(400)\nm.main()"
+    maps = []
+    for program in ("deep(400)", inside):
+        command = [str(STRACE), "-f", "--seccomp-bpf", "-qq", "-o", str(tmp_path / "trace"), "-e", "trace=mmap"]
+        subprocess.run([*command, sys.executable, "-c", deep + program], check=True, timeout=120)
+        maps.append((tmp_path / "trace").read_text().count("NULL, 16384, PROT_READ|PROT_WRITE"))
+    assert maps[0] > 100 > maps[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,22 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("sce", {"select_topk": 0.3}),
     ("sce", {}),
     ("sce", {"select_topk": 0.5, "uniform_below": 1e9}),
+    ("slerp", {"t": 0.3}),
+    ("slerp", {"t": 1.0}),
+    ("nuslerp", {"weight": [0.3, 0.9]}),
+    ("nuslerp", {"weight": [1.0, -1.0], "base": True}),
+    ("nuslerp", {"weight": [0.3, 0.9], "nuslerp_flatten": False}),
+    ("nuslerp", {"nuslerp_flatten": False, "nuslerp_row_wise": True, "base": True}),
+    ("multislerp", {"weight": [0.5, 2.0, 1.0, 0.7]}),
+    ("multislerp", {"weight": [0.5, -2.0, 1.0], "normalize_weights": False, "base": True}),
+    ("karcher", {}),
+    ("karcher", {"max_iter": 0, "base": True}),
+    ("karcher", {"tol": 0.5}),
+    ("model_stock", {}),
+    ("model_stock", {"filter_wise": True}),
+    ("arcee_fusion", {}),
 ]
+"""Methods with parameters. ``base``: whether a method has one that can do without."""
 SHAPES = [(700,)] * 3 + [(20, 30)] * 3 + [(4, 6, 5)] * 2 + [(1,)] * 2 + [()] * 2 + [(40_000,)] * 2 + [(0,)] + [(700,)]
 
 
@@ -52,19 +68,23 @@ def written(folder: Path, dtype: torch.dtype, models: int, spoiled: bool = False
 def test_a_batch_changes_no_byte(
     method: str, parameters: dict[str, Any], dtype: str, spoiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    parameters = parameters.copy()
+    contract = list_methods()[method]
+    based = parameters.pop("base", contract.base == "required")
     base, *models = written(tmp_path, getattr(torch, dtype), 3, spoiled)
+    models = (models if based else [base, *models])[: contract.models[1]]
     sizes = list[int]()
 
     def counted(*fields: Any) -> Batch:
         sizes.append(len(fields[0]))
         return Batch(*fields)
 
-    def bytes_of(name: str) -> tuple[bytes, list[str]]:
+    def bytes_of(name: str) -> tuple[bytes, Sequence[str]]:
         out = tmp_path / name
         result = sm.merge(
             models,
             out,
-            base=base,
+            base=base if based else None,
             method=method,
             parameters=parameters,
             allow_nonfinite=True,
@@ -83,10 +103,10 @@ def test_a_batch_changes_no_byte(
 
 
 @pytest.mark.parametrize("models", [1, 2])
-@pytest.mark.parametrize("method", ["ties", "dare_linear", "della", "sce"])
+@pytest.mark.parametrize("method", ["ties", "dare_linear", "della", "sce", "multislerp", "karcher"])
 def test_any_number_of_models(method: str, models: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, *paths = written(tmp_path, torch.bfloat16, models)
-    parameters = {"select_topk": 0.5} if method == "sce" else {"density": 0.4}
+    parameters = {"sce": {"select_topk": 0.5}, "multislerp": {}, "karcher": {}}.get(method, {"density": 0.4})
     made = []
     for name in ("together", "alone"):
         out = tmp_path / f"{name}.safetensors"
@@ -96,10 +116,12 @@ def test_any_number_of_models(method: str, models: int, tmp_path: Path, monkeypa
     assert made[0] == made[1]
 
 
-def batch_of(values: torch.Tensor) -> Batch:
-    group = TensorGroup.of(values.flatten())
-    (chunk,) = next(iter(group.sweep(lambda chunk: (), lambda look, chunks: list(chunks), 0, values.numel())))
-    return Batch([f"w{n}" for n in range(len(values))], tuple(values.shape[1:]), 1, 0, chunk)
+def batch_of(*models: torch.Tensor, base: torch.Tensor | None = None) -> Batch:
+    """Returns a batch of tensors, which are the rows of each model."""
+    first, flat = models[0], [model.flatten() for model in models]
+    group = TensorGroup.of(*flat, base=None if base is None else base.flatten(), compute=first.dtype)
+    (chunk,) = next(iter(group.sweep(lambda chunk: (), lambda look, chunks: list(chunks), 0, first.numel())))
+    return Batch([f"w{n}" for n in range(len(first))], tuple(first.shape[1:]), len(models), 0, chunk)
 
 
 def test_statistics_of_each_tensor() -> None:
@@ -115,6 +137,27 @@ def test_statistics_of_each_tensor() -> None:
             assert torch.equal(cut.keep(row.clone(), 0), wanted)
     values[1, 3] = torch.nan
     assert batch.cuts(values.flatten(), [[10], [10], [10]]) is None
+
+
+def test_inner_products_of_each_tensor() -> None:
+    models = [torch.randn(3, 50, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in range(4)]
+    base = torch.randn(3, 50, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    for deltas in (False, True):
+        grams = batch_of(*models, base=base).grams(deltas)
+        for number in range(3):
+            group = TensorGroup.of(*(model[number] for model in models), base=base[number])
+            assert grams is not None
+            assert grams[number] == group.gram(deltas).tolist()
+    models[2][1, 7] = torch.inf
+    assert batch_of(*models, base=base).grams() is None
+
+
+def test_quartiles_of_numbers_with_signs() -> None:
+    values = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    cuts = batch_of(values).cuts(values.flatten(), [[1, 50], [25], [13, 38]], signed=True)
+    assert cuts is not None
+    for row, of, ranks in zip(values, cuts, [[1, 50], [25], [13, 38]], strict=True):
+        assert [cut.threshold for cut in of] == [float(row.sort(descending=True).values[rank - 1]) for rank in ranks]
 
 
 def test_methods_that_can() -> None:

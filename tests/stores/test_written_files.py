@@ -131,6 +131,12 @@ def test_the_free_space_is_asked_before_a_reservation_that_fails(tmp_path: Path,
 STRACE = shutil.which("strace")
 
 
+def watching(fault: str) -> list[str]:
+    """Returns the start of a command that injects a fault into a call. Only that call stops the program."""
+    watched = ["-e", f"trace={fault.partition(':')[0]}", "-e", f"inject={fault}"]
+    return [str(STRACE), "-f", "--seccomp-bpf", "-o", "/dev/null", *watched]
+
+
 @pytest.mark.skipif(STRACE is None, reason="strace is not installed")
 @pytest.mark.parametrize(
     ("call", "code"),
@@ -143,7 +149,7 @@ STRACE = shutil.which("strace")
 )
 def test_injected_faults_leave_no_output(tmp_path: Path, call: str, code: int) -> None:
     save_file(trained(1), tmp_path / "in.safetensors")
-    command = [str(STRACE), "-f", "-o", "/dev/null", "-e", f"inject={call}", sys.executable, "-m", "streammerge"]
+    command = [*watching(call), sys.executable, "-m", "streammerge"]
     command += ["merge", "in.safetensors", "-o", "out.safetensors", "--workers", "1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == code, done.stderr
@@ -156,7 +162,7 @@ def test_an_output_that_cannot_be_named_is_kept(tmp_path: Path) -> None:
     """All is made and synced when the rename fails, so the same command only has to name it."""
     save_file(trained(1), tmp_path / "in.safetensors")
     command = [sys.executable, "-m", "streammerge", "merge", "in.safetensors", "-o", "out.safetensors", "--workers", "1"]
-    broken = [str(STRACE), "-f", "-o", "/dev/null", "-e", "inject=renameat2:error=EIO", *command]
+    broken = [*watching("renameat2:error=EIO"), *command]
     done = subprocess.run(broken, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 1, done.stderr
     assert "are kept; the same command goes on from there" in done.stderr

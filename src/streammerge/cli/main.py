@@ -17,6 +17,7 @@ from streammerge.cli.signals import Stopped, stoppable
 from streammerge.cli.streams import open_standard_streams
 from streammerge.cli.terminal import CannotPrint, forget_line
 from streammerge.errors import StreammergeError, printable
+from streammerge.tensors.instructions import choose_instructions
 from streammerge.version import __version__
 
 _ROOM = "streammerge.cli.commands"
@@ -94,6 +95,7 @@ def main() -> None:
     """Runs the command line. Shows each of streammerge's own errors as one sentence, and ends with its exit code."""
     gc.set_threshold(_OBJECTS_PER_SEARCH)
     open_standard_streams()
+    choose_instructions()
     debug, as_json = "--debug" in sys.argv, wants_json(sys.argv[1:])
     try:
         with stoppable():

@@ -6,8 +6,8 @@ Each module imports only modules above it::
     ranking      cuts, sort keys, ranks in rows: arithmetic on tensors in memory
     agreed       infinities and NaN that all inputs have
     chunk        the numbers of every model at some elements
-    batch        small tensors of equal shape, computed together
     reductions   sums over a group, in one pass
+    batch        small tensors of equal shape, computed together
     compact      a matrix in half the memory of float64
     spill        matrices beside memory, and halves of symmetric ones
     tridiagonal  the first eigenvectors of a large symmetric matrix

@@ -58,13 +58,23 @@ class Batch(NamedTuple):
 
         return [row.sum(0, dtype=torch.float64).item() for row in self.rows(values).unbind()]
 
-    def cuts(self, values: torch.Tensor, ranks: Sequence[Sequence[int]]) -> list[list[Cut]] | None:
+    def grams(self, deltas: bool = False) -> list[list[list[float]]] | None:
+        """Returns the matrix of inner products of each tensor, as :meth:`TensorGroup.gram` does. None if any number in them
+        is not finite. What is still loaded: see :func:`~streammerge.kernels.reductions.products`."""
+        from streammerge.kernels.reductions import matrix, products
+
+        sums = [self.sums(values) for values in products(self.chunk, self.models, deltas)]
+        if not all(math.isfinite(total) for of_pair in sums for total in of_pair):
+            return None
+        return [matrix(of_tensor, self.models) for of_tensor in zip(*sums, strict=True)]
+
+    def cuts(self, values: torch.Tensor, ranks: Sequence[Sequence[int]], signed: bool = False) -> list[list[Cut]] | None:
         """Returns the cuts of each tensor's numbers, as :meth:`TensorGroup.kth_largest` does. ``ranks``: those of each
         tensor. None if any number is NaN."""
         made, scratch = [], self.chunk.empty(SCRATCH)[: self.elems]
         for row, of in zip(self.rows(values).unbind(), ranks, strict=True):
-            wanted = [rank for rank in sorted(set(of)) if 0 < rank < self.elems]
-            found, nan = select(row, wanted, False, scratch) if wanted else ([], False)
+            wanted = [rank for rank in sorted(set(of)) if 0 < rank < self.elems + signed]
+            found, nan = select(row, wanted, signed, scratch) if wanted else ([], False)
             if nan:
                 return None
             known = dict(zip(wanted, found, strict=True))

@@ -133,6 +133,11 @@ class Chunk:
         return self.stop - self.start
 
     @property
+    def based(self) -> bool:
+        """Whether there is a base."""
+        return self._first > 0
+
+    @property
     def models(self) -> list[torch.Tensor]:
         """The numbers of every model, loaded once."""
         if self._models is None:

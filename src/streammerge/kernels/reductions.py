@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from streammerge.kernels.chunk import OPERAND, Slot
 from streammerge.tensors.spec import ranges
 
 if TYPE_CHECKING:
     import torch
 
     from streammerge.kernels.chunk import Chunk, Look, Swept
+
+FIRST: Slot = ("first",)
+"""The slot of the first model while products are made."""
+_OTHER: Slot = ("other",)
+_PRODUCT: Slot = ("product",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +69,26 @@ def gram(group: Swept, deltas: bool) -> torch.Tensor:
     import torch
 
     n = group.models
+    sums = reduce(group, lambda chunk: products(chunk, n, deltas))
+    return torch.tensor(matrix([total.item() for total in sums], n), dtype=torch.float64)
 
-    def products(chunk: Chunk) -> Iterator[torch.Tensor]:
-        load = chunk.delta if deltas else chunk.load
-        first = load(0, ("gram first",), torch.float64)  # one model is held, since it is in the most products
-        for i in range(n):
-            x = load(i, ("gram x",), torch.float64) if i else first
-            for j in range(i + 1):
-                y = x if i == j else load(j, ("gram y",), torch.float64) if j else first
-                yield torch.mul(x, y, out=chunk.empty(("gram product",), torch.float64))
 
-    sums = [total.item() for total in reduce(group, products)]  # of the pairs 00, 10, 11, 20, ...
-    matrix = [[sums[max(i, j) * (max(i, j) + 1) // 2 + min(i, j)] for j in range(n)] for i in range(n)]
-    return torch.tensor(matrix, dtype=torch.float64)
+def products(chunk: Chunk, models: int, deltas: bool) -> Iterator[torch.Tensor]:
+    """Yields the elements' products of all pairs of models, 00, 10, 11, 20, ..., in float64.
+
+    Afterwards :data:`FIRST` still has the first model, and :data:`OPERAND` the second of two.
+    """
+    import torch
+
+    load = chunk.delta if deltas else chunk.load
+    first = load(0, FIRST, torch.float64)  # one model is held, since it is in the most products
+    for i in range(models):
+        x = load(i, OPERAND, torch.float64) if i else first
+        for j in range(i + 1):
+            y = x if i == j else load(j, _OTHER, torch.float64) if j else first
+            yield torch.mul(x, y, out=chunk.empty(_PRODUCT, torch.float64))
+
+
+def matrix(sums: Sequence[float], models: int) -> list[list[float]]:
+    """Returns the symmetric matrix of the sums of all :func:`products`."""
+    return [[sums[max(i, j) * (max(i, j) + 1) // 2 + min(i, j)] for j in range(models)] for i in range(models)]

@@ -4,6 +4,7 @@ Each module imports only modules above it. A family that no other module uses is
 
     contracts        requirements of a method; the decorator
     linear           weighted means, and the weighted sum that other families end in
+    inner_products   weighted sums by inner products, of many small tensors at once
     exact            copies, and integers by policy
     factors          what adapters alone are merged by
     spherical        weighted sums whose weights follow from the models' inner products

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from streammerge.kernels.chunk import Chunk, Kernel
 from streammerge.kernels.group import TensorGroup
+from streammerge.kernels.ranking import Cut
 from streammerge.methods.contracts import Values, merge_method
 from streammerge.tensors.spec import GRAIN
 
 if TYPE_CHECKING:
     import torch
 
+    from streammerge.kernels.batch import Batch
+
 
 def _row(shape: tuple[int, ...], values: Values) -> int:
     return shape[-1] if shape else 1
+
+
+def _in_batch(batch: Batch, values: Values) -> torch.Tensor | None:
+    """Returns the result for all tensors of a batch, None where an importance is NaN."""
+    import torch
+
+    chunk = batch.chunk
+    importance = _importance(chunk, _row(batch.shape, values))
+    cuts = batch.cuts(importance, [_quartiles(batch.elems)] * len(batch.names), signed=True)
+    if cuts is None:
+        return None
+    rows = batch.rows(importance)
+    torch.ge(rows, batch.column([_threshold(of_tensor) for of_tensor in cuts]), out=rows)
+    return chunk.delta(0).mul_(importance).add_(chunk.base)
 
 
 @merge_method(
@@ -25,6 +43,7 @@ def _row(shape: tuple[int, ...], values: Values) -> int:
     buffers=12,
     kept_bits=32,
     searches=3,
+    batch=_in_batch,
 )
 def arcee_fusion(group: TensorGroup) -> Kernel:
     r"""Adds to the base the changes whose importance is far above the median.
@@ -46,16 +65,13 @@ def arcee_fusion(group: TensorGroup) -> Kernel:
         keeps = chunk.elems == n <= GRAIN and not chunk.hides
         if keeps and kept:
             return chunk.empty("importance").copy_(kept[0])
-        made = _importance(chunk, group)
+        made = _importance(chunk, group.row)
         if keeps:
             kept.append(made.clone())
         return made
 
-    ranks = [n - int(q * (n - 1)) for q in (0.25, 0.5, 0.75)]
-    first, middle, third = (
-        cut.threshold for cut in group.kth_largest(lambda chunk: [importance(chunk)], [ranks], signed=True)[0]
-    )
-    threshold = middle + 1.5 * (third - first)
+    (cuts,) = group.kth_largest(lambda chunk: [importance(chunk)], [_quartiles(n)], signed=True)
+    threshold = _threshold(cuts)
 
     def kernel(chunk: Chunk) -> torch.Tensor:
         import torch
@@ -67,10 +83,20 @@ def arcee_fusion(group: TensorGroup) -> Kernel:
     return kernel
 
 
-def _importance(chunk: Chunk, group: TensorGroup) -> torch.Tensor:
+def _quartiles(n: int) -> list[int]:
+    """Returns the ranks of the quartiles of n numbers, counted from the largest number."""
+    return [n - int(q * (n - 1)) for q in (0.25, 0.5, 0.75)]
+
+
+def _threshold(cuts: Sequence[Cut]) -> float:
+    first, middle, third = (cut.threshold for cut in cuts)
+    return middle + 1.5 * (third - first)
+
+
+def _importance(chunk: Chunk, row: int) -> torch.Tensor:
     import torch
 
-    x, b = (values.view(-1, group.row) for values in (chunk.load(0, "x"), chunk.base))
+    x, b = (values.view(-1, row) for values in (chunk.load(0, "x"), chunk.base))
     p, q = (chunk.empty(slot).view(x.shape) for slot in ("p", "q"))  # memory of torch's own would be new at each chunk
     torch.softmax(x, -1, out=p).add_(1e-8)
     torch.softmax(b, -1, out=q).add_(1e-8)

@@ -9,13 +9,15 @@ A vector :math:`v = \sum_i c_i x_i` is kept as its coefficients c; :math:`\langl
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from streammerge.errors import RecipeError, TaskError, printable
 from streammerge.kernels.chunk import Kernel
 from streammerge.kernels.group import TensorGroup
 from streammerge.methods.contracts import PerModel, Values, merge_method, sums_to_something
-from streammerge.methods.linear import combination
+from streammerge.methods.inner_products import Products, solved
+from streammerge.methods.linear import Combination, combination
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +34,16 @@ def arc(cos: float, t: float) -> tuple[float, float]:
     return math.sin((1 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)
 
 
-@merge_method("slerp", models=(2, 2), base="model", buffers=4, compute="float64")
+def _slerp(products: Products, name: str, based: bool, values: Values) -> Combination:
+    t = values["t"]
+    (aa, _), (ab, bb) = products
+    norms = [norm if norm > 1e-8 else 1.0 for norm in (math.sqrt(aa), math.sqrt(bb))]
+    cos = ab / (norms[0] * norms[1])
+    # Not <=: NaN must reach the output
+    return combination((1 - t, t) if abs(cos) > _PARALLEL or math.isnan(cos) else arc(cos, t))
+
+
+@merge_method("slerp", models=(2, 2), base="model", buffers=4, batch=solved(_slerp), compute="float64")
 def slerp(group: TensorGroup, *, t: float) -> Kernel:
     r"""Spherical interpolation between two models.
 
@@ -45,11 +56,7 @@ def slerp(group: TensorGroup, *, t: float) -> Kernel:
     Edge cases: where :math:`|\cos\theta| > 0.9995`, the result is on the straight line :math:`(1-t)\, a + t\, b`; this
     covers opposite vectors. A tensor with a norm up to 1e-8 has cosine 0.
     """
-    (aa, _), (ab, bb) = group.gram().tolist()
-    norms = [norm if norm > 1e-8 else 1.0 for norm in (math.sqrt(aa), math.sqrt(bb))]
-    cos = ab / (norms[0] * norms[1])
-    # Not <=: NaN must reach the output
-    return combination((1 - t, t) if abs(cos) > _PARALLEL or math.isnan(cos) else arc(cos, t))
+    return _slerp(group.gram().tolist(), group.name, group.based, {"t": t})
 
 
 def _check_multislerp(values: Values) -> None:
@@ -61,7 +68,40 @@ def _check_multislerp(values: Values) -> None:
         )
 
 
-@merge_method("multislerp", base="optional", buffers=5, compute="float64", check=_check_multislerp)
+def _multislerp(products: Products, name: str, based: bool, values: Values) -> Combination:
+    count, weight, eps = len(products), values["weight"], values["eps"]
+    if count == 1:
+        return combination([1.0])
+    total = sum(weight) if values["normalize_weights"] else 1.0
+    w, gram = [each / total for each in weight], _tensor(products)
+    norms = [math.sqrt(products[i][i]) for i in range(count)]
+    mean = [each / (norm + eps) for each, norm in zip(w, norms, strict=True)]
+    projected = _tensor(mean) @ gram
+    length = _root((projected @ _tensor(mean)).item())
+    if length < eps:
+        if count > 2 and any(norms):
+            raise TaskError(
+                f"the weighted directions of {printable(name)} cancel out, so multislerp has no mean for it; "
+                "use other weights"
+            )
+        return _from_base(w, based)
+    centre = [each / length for each in mean]
+    along = (projected @ _tensor(centre)).item()
+    tangent = _tensor([x - along * y for x, y in zip(mean, centre, strict=True)])
+    tau = _root((tangent @ gram @ tangent).item()) + eps
+    ahead, aside = math.cos(tau), math.sin(tau) / tau
+    scale = (_tensor(w) @ _tensor(norms)).item()
+    return _from_base([(x * ahead + y * aside) * scale for x, y in zip(centre, tangent.tolist(), strict=True)], based)
+
+
+@merge_method(
+    "multislerp",
+    base="optional",
+    buffers=5,
+    batch=solved(_multislerp, deltas=None),
+    compute="float64",
+    check=_check_multislerp,
+)
 def multislerp(
     group: TensorGroup, *, weight: PerModel = (1.0,), normalize_weights: bool = True, eps: float = 1e-8
 ) -> Kernel:
@@ -80,30 +120,9 @@ def multislerp(
     models that are all zero or all equal to the base. Other models raise an error that names the tensor. Deviation from
     mergekit: weights that sum to zero are an error.
     """
-    import torch
-
-    count = group.models
-    if count == 1:
-        return combination([1.0])
-    total = sum(weight) if normalize_weights else 1.0
-    w = torch.tensor(weight, dtype=torch.float64) / total
-    gram = group.gram(deltas=group.based)
-    norms = gram.diagonal().sqrt()
-    mean = w / (norms + eps)
-    length = float((mean @ gram @ mean).clamp(min=0).sqrt())
-    if length < eps:
-        if count > 2 and bool(norms.any()):
-            raise TaskError(
-                f"the weighted directions of {printable(group.name)} cancel out, so multislerp has no mean for it; "
-                "use other weights"
-            )
-        return _from_base(w, group.based)
-    centre = mean / length
-    along = float(mean @ gram @ centre)
-    tangent = mean - along * centre
-    tau = float((tangent @ gram @ tangent).clamp(min=0).sqrt()) + eps
-    moved = centre * math.cos(tau) + tangent * (math.sin(tau) / tau)
-    return _from_base(moved * float(w @ norms), group.based)
+    products = group.gram(deltas=group.based).tolist() if group.models > 1 else [[0.0]]
+    values = {"weight": weight, "normalize_weights": normalize_weights, "eps": eps}
+    return _multislerp(products, group.name, group.based, values)
 
 
 def _check_karcher(values: Values) -> None:
@@ -111,7 +130,48 @@ def _check_karcher(values: Values) -> None:
         raise RecipeError("karcher takes a max_iter of 0 or more")
 
 
-@merge_method("karcher", base="model", buffers=4, compute="float64", check=_check_karcher)
+def _karcher(products: Products, name: str, based: bool, values: Values) -> Combination:
+    count, max_iter, tol = len(products), values["max_iter"], values["tol"]
+    if count == 1:
+        return combination([1.0])
+    gram, lengths = _tensor(products), [math.sqrt(products[i][i]) for i in range(count)]
+    if any(map(math.isnan, lengths)):
+        return combination([math.nan] * count)
+    valid = [i for i in range(count) if lengths[i] > tol]
+    if not valid:
+        return combination([0.0] * count)
+    rows = [[1 / lengths[i] if i == j else 0.0 for j in range(count)] for i in valid]  # row k: the k-th valid unit vector
+    units = _tensor(rows)
+    projected = units @ gram
+
+    def length(v: list[float]) -> float:
+        vector = _tensor(v)
+        return _root((vector @ gram @ vector).item())
+
+    mean = units.mean(0).tolist()
+    size = length(mean)
+    u = rows[0] if size < tol else [each / size for each in mean]
+    for _ in range(max_iter):
+        tangent = [0.0] * count
+        for row, cos in zip(rows, (projected @ _tensor(u)).tolist(), strict=True):
+            cos = max(-1.0, min(cos, 1.0))
+            theta = math.acos(cos)
+            if tol <= theta <= math.pi - tol:
+                pull = theta / math.sin(theta) / len(valid)
+                tangent = [t + pull * (x - cos * y) for t, x, y in zip(tangent, row, u, strict=True)]
+        step = length(tangent)
+        if step < tol:
+            break
+        along, across = math.cos(step), math.sin(step)
+        u = [along * x + across * (t / step) for x, t in zip(u, tangent, strict=True)]
+        size = length(u)
+        if size > tol:
+            u = [each / size for each in u]
+    scale = _tensor(lengths).mean().item()
+    return combination([each * scale for each in u])
+
+
+@merge_method("karcher", base="model", buffers=4, batch=solved(_karcher), compute="float64", check=_check_karcher)
 def karcher(group: TensorGroup, *, max_iter: int = 10, tol: float = 1e-5) -> Kernel:
     r"""Karcher mean of the models' directions, times their mean norm.
 
@@ -129,55 +189,26 @@ def karcher(group: TensorGroup, *, max_iter: int = 10, tol: float = 1e-5) -> Ker
     direction, the result is zero. If the directions cancel out, the iteration starts at the first one. A model exactly
     opposite to u has no pull; mergekit divides rounding errors there.
     """
+    products = group.gram().tolist() if group.models > 1 else [[0.0]]
+    return _karcher(products, group.name, group.based, {"max_iter": max_iter, "tol": tol})
+
+
+# Products of vectors and matrices are torch's. All else is plain numbers: there are thousands of tensors, and an operation
+# of torch on three numbers takes longer than three of Python.
+
+
+def _tensor(numbers: Sequence[float] | Products) -> torch.Tensor:
     import torch
 
-    count = group.models
-    if count == 1:
-        return combination([1.0])
-    gram = group.gram()
-    norms = gram.diagonal().sqrt()
-    if bool(norms.isnan().any()):
-        return combination([math.nan] * count)
-    lengths = norms.tolist()
-    valid = [i for i in range(count) if lengths[i] > tol]
-    if not valid:
-        return combination([0.0] * count)
-    rows = [[1 / lengths[i] if i == j else 0.0 for j in range(count)] for i in valid]  # row k: the k-th valid unit vector
-    units = torch.tensor(rows, dtype=torch.float64)
-    projected = units @ gram
-
-    # Products of a vector and a matrix are torch's. All else is plain numbers: there are thousands of tensors, and an
-    # operation of torch on three numbers takes longer than three of Python.
-    def length(v: list[float]) -> float:
-        vector = torch.tensor(v, dtype=torch.float64)
-        squared = (vector @ gram @ vector).item()
-        return math.sqrt(squared) if squared >= 0 else squared if math.isnan(squared) else 0.0
-
-    mean = units.mean(0).tolist()
-    size = length(mean)
-    u = rows[0] if size < tol else [each / size for each in mean]
-    for _ in range(max_iter):
-        tangent = [0.0] * count
-        for row, cos in zip(rows, (projected @ torch.tensor(u, dtype=torch.float64)).tolist(), strict=True):
-            cos = max(-1.0, min(cos, 1.0))
-            theta = math.acos(cos)
-            if tol <= theta <= math.pi - tol:
-                pull = theta / math.sin(theta) / len(valid)
-                tangent = [t + pull * (x - cos * y) for t, x, y in zip(tangent, row, u, strict=True)]
-        step = length(tangent)
-        if step < tol:
-            break
-        along, across = math.cos(step), math.sin(step)
-        u = [along * x + across * (t / step) for x, t in zip(u, tangent, strict=True)]
-        size = length(u)
-        if size > tol:
-            u = [each / size for each in u]
-    scale = norms.mean().item()
-    return combination([each * scale for each in u])
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
-def _from_base(coefficients: torch.Tensor, based: bool) -> Kernel:
+def _root(squared: float) -> float:
+    """Returns the square root of a number that is at least zero, but for rounding. NaN stays NaN."""
+    return math.sqrt(squared) if squared >= 0 else squared if math.isnan(squared) else 0.0
+
+
+def _from_base(weights: Sequence[float], based: bool) -> Combination:
     """Returns the kernel of a combination of the models, or of the base plus a combination of their differences from
     it."""
-    weights = coefficients.tolist()
     return combination(weights, of_base=1 - sum(weights) if based else 0.0)

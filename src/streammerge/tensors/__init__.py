@@ -10,5 +10,6 @@ Each module imports only modules above it::
     layers       a tensor's layer, and its place outside the layers
     quantised    tensors that indicate a quantisation
     adapters     factors of adapters
+    instructions which vector instructions numpy sorts with
     threads      torch without helper threads on the caller's thread
 """

@@ -37,6 +37,7 @@ from streammerge.running.executors.messages import (
     pickled_error,
 )
 from streammerge.running.process import Growth, resident_bytes
+from streammerge.tensors.instructions import choose_instructions
 
 CODE = """
 import sys
@@ -62,6 +63,7 @@ def serve(descriptors: list[int]) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller decides what Ctrl-C means
     line = Line(socket.socket(fileno=control))
     stopped = mmap.mmap(-1, _NUMBER.size)  # shared with the workers
+    choose_instructions()
     try:
         for module in pickle.loads(line.receive()[1]):
             import_module(module)
