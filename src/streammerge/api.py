@@ -257,9 +257,10 @@ def merge(
 
 @takes(*SWEEP)
 def sweep(
-    inputs: Inputs,
-    out: PathLike,
+    inputs: Inputs = (),
+    out: PathLike | None = None,
     *,
+    recipe: PathLike | Mapping[str, Any] | None = None,
     weights: Sequence[Iterable[SupportsFloat]] | None = None,
     parameters: Mapping[str, Any] | None = None,
     random: SupportsIndex | None = None,
@@ -274,7 +275,10 @@ def sweep(
     base: Checkpoint | None = None,
     seed: SupportsIndex | None = None,
     dtype: object = None,
+    out_dtype: object = None,
     compute_dtype: object = None,
+    own_methods: bool = False,
+    card: bool | None = None,
     rename: str | Sequence[str] | Mapping[str, str] | None = None,
     on_missing: OnMissing | None = None,
     on_shape: OnShape | None = None,
@@ -304,7 +308,8 @@ def sweep(
 ) -> SweepResult:
     """Makes many merges of the same inputs in one read, and keeps the best if it is given a score.
 
-    ``inputs``: as of :func:`merge`. ``out``: a folder for the outputs, whose names say their settings; or a name with
+    ``inputs`` or ``recipe``: as of :func:`merge`; of a recipe its own ``parameters`` vary, and rules, models, slices and
+    modules keep theirs. ``out``: a folder for the outputs, whose names say their settings; or a name with
     ``{}`` in place of the settings. Each output has the bytes of its own merge, but for the receipt. The same call goes on
     after an interruption, and repeats no score. ``sweep.csv`` in the folder has the table, ``print(result)`` shows it.
     ``result.outputs``, ``result.kept`` and ``result.best`` are its rows. ``listener``, ``progress`` and the errors are

@@ -9,6 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 import streammerge as sm
+from streammerge.running import relatives
+from streammerge.stores.buffers import Buffers
+from streammerge.stores.locations import parse
+from streammerge.stores.remote import RangedInput
 
 
 def draw(seed: int, *shape: int) -> torch.Tensor:
@@ -31,3 +35,27 @@ def test_two_trainings_are_told_from_fine_tunes(tmp_path: Path, monkeypatch: pyt
     u, v = (torch.stack([made[n][f"l{i}.weight"].flatten() for i in range(3)]).double() for n in "ab")
     median = torch.nn.functional.cosine_similarity(u, v).median().item()
     assert f"median cosine of 3 sampled tensors is {median:.3f}" in apart.warnings[0]
+
+
+@pytest.mark.parametrize("count", [3, 40])
+def test_samples_of_remote_files_are_asked_for_alone(
+    count: int, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two trainings, of which the first is sampled once, though it is compared twice."""
+    for name, seed in (("a", 0), ("b", 100), ("c", 200)):
+        made = {f"l{number:02}.weight": draw(seed + number, 200, 200) for number in range(count)}
+        save_file(made, tmp_path / f"{name}.safetensors")
+        parse(f"{s3}/{name}.safetensors").write_whole((tmp_path / f"{name}.safetensors").read_bytes(), overwrite=False)
+    lengths, fetch = list[int](), RangedInput.fetch
+
+    def counted(self: RangedInput, start: int, stop: int, buffers: Buffers | None = None) -> memoryview:
+        if self._ahead is not None:
+            lengths.append(stop - start)
+        return fetch(self, start, stop, buffers)
+
+    monkeypatch.setattr(RangedInput, "fetch", counted)
+    monkeypatch.setattr(relatives, "_MOST_BYTES", 5 * 3 * 4 << 15)
+    done = sm.merge([f"{s3}/{name}.safetensors" for name in "abc"], tmp_path / "out.safetensors")
+    assert len(done.warnings) == 1
+    assert "2 inputs" in done.warnings[0]
+    assert lengths.count(4 << 15) == 3 * min(count, 16)

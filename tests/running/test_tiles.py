@@ -37,6 +37,20 @@ def test_sums_in_tiles_are_those_of_the_kernels(dtype: torch.dtype) -> None:
         assert torch.equal(out, group.merged(kernel).to(dtype)[20_001:])
 
 
+@pytest.mark.parametrize("compute", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sources", [2, 3, 40])
+def test_more_outputs_than_are_made_at_once(compute: torch.dtype, sources: int) -> None:
+    models, memory = [torch.randn(90_001).bfloat16() for _ in range(sources)], Tiles()
+    assert memory.fit(sources)
+    kernels = [combination(torch.rand(sources).tolist(), divisor=1.0 if n % 3 else 1.7) for n in range(11)]
+    outs = [torch.empty(90_001, dtype=torch.bfloat16) for _ in kernels]
+    wanted = [(kernel, list(range(sources)), None) for kernel in kernels]
+    assert all(memory.sums(0, 90_001, compute, lambda n, a, b: models[n][a:b], wanted, outs))
+    group = TensorGroup.of(*models, compute=compute)
+    for kernel, out in zip(kernels, outs, strict=True):
+        assert torch.equal(out, group.merged(kernel).bfloat16())
+
+
 @pytest.mark.parametrize("odd", [math.nan, math.inf, 6e4])
 def test_an_output_that_may_hold_infinity_is_not_called_finite(odd: float) -> None:
     sources, memory = [torch.ones(40_000, dtype=torch.float16) for _ in range(3)], Tiles()

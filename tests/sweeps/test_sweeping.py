@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import Cli, deflate, load_safetensors, mean, trained
 from safetensors.torch import save_file
 
 import streammerge as sm
+from streammerge.cli.main import cli as command_line
 from streammerge.events import Hashed, TaskDone
 
 WEIGHTS = [[0.5, 0.5], [0.6, 0.4], [1.5, -0.5]]
@@ -293,3 +295,149 @@ def test_inputs_are_hashed_once(here: Path) -> None:
     assert sum(isinstance(event, Hashed) for event in told) <= 2
     sm.merge(inputs, "one.safetensors", weights=WEIGHTS[2], integers="first", hash=True)
     assert bytes_of(result.outputs[2].out) == bytes_of("one.safetensors")
+
+
+MODELS = """
+base_model: base-llm
+models:
+- model: base-llm
+- model: a-llm
+  parameters: {weight: 0.4, density: [{filter: mlp, value: [0.2, 0.8]}]}
+- model: b-llm
+  parameters: {weight: [0.3, 0.9]}
+"""
+RULES = """
+rules:
+- match: "*embed*"
+  copy: b-llm
+- match: "*layers.1.*"
+  parameters: {density: 0.9}
+- match: "*norm*"
+  merge_method: slerp
+  parameters: {t: 0.25}
+"""
+SLICES = """
+base_model: a-llm
+slices:
+- sources: [{model: a-llm, layer_range: [0, 2]}, {model: b-llm, layer_range: [1, 3]}]
+  parameters: {t: [{filter: self_attn, value: [0, 0.5, 1]}]}
+- sources: [{model: a-llm, layer_range: [2, 3]}, {model: b-llm, layer_range: [0, 1]}]
+"""
+STAGE = """
+stages:
+  half:
+    merge_method: linear
+    models: [{model: a-llm}, {model: b-llm}]
+models: [{model: half, parameters: {weight: 0.5}}, {model: base-llm}]
+"""
+PARAMETERS = "parameters: {NAME: VALUE}\n"
+
+
+def llm(name: str, seed: int, layers: int = 3) -> None:
+    make = torch.Generator().manual_seed(seed)
+    state = {"model.embed_tokens.weight": torch.randn(9, 8, generator=make)}
+    for layer in range(layers):
+        for part in ("self_attn.q_proj", "mlp.up_proj", "input_layernorm"):
+            state[f"model.layers.{layer}.{part}.weight"] = torch.randn(64, 8, generator=make)
+    Path(name).mkdir()
+    save_file(state, f"{name}/model.safetensors", metadata={"format": "pt"})
+    Path(name, "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": layers, "vocab_size": 9}))
+    tokens = {token: n for n, token in enumerate(f"abcdefgh{seed}")}
+    tree = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": tokens, "merges": []}}
+    Path(name, "tokenizer.json").write_text(json.dumps(tree))
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("base-llm", "a-llm", "b-llm"), start=1):
+        llm(name, seed)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "values"),
+    [
+        ("merge_method: ties\n" + MODELS + RULES + PARAMETERS, "density", ["0.3", "0.6"]),
+        ("merge_method: ties\n" + MODELS + RULES, "lambda", ["0.5", "1.5", "2.5"]),
+        ("merge_method: dare_linear\nseed: 4\n" + MODELS + PARAMETERS, "density", ["0.3", "0.6"]),
+        ("merge_method: slerp\n" + SLICES + PARAMETERS, "t", ["0.1", "0.7"]),
+        ("merge_method: linear\n" + STAGE, "normalize", ["true", "false"]),
+        ("merge_method: ties\ntokenizer_source: union\n" + MODELS + PARAMETERS, "density", ["0.2", "0.7"]),
+        ("merge_method: della\ndtype: bfloat16\n" + MODELS, "epsilon", ["0.05", "0.1"]),
+    ],
+    ids=["rules", "rules-lambda", "drawn", "slices", "stages", "tokens", "recast"],
+)
+@pytest.mark.parametrize("ways", [{}, {"io": "pread", "workers": 1, "memory": "40MiB"}], ids=["mmap", "pread"])
+def test_any_recipe_is_swept(models: None, recipe: str, name: str, values: list[str], ways: dict[str, Any]) -> None:
+    written = recipe.replace("NAME", name).replace("VALUE", "0.5")
+    Path("recipe.yaml").write_text(written)
+    result = sm.sweep("recipe.yaml", "out", parameters={name: values}, **ways)
+    assert result.reads == 1
+    assert [each.settings for each in result.outputs] == [{name: value} for value in values]
+    contents = set()
+    for each, value in zip(result.kept, values, strict=True):
+        with_value = recipe.replace("NAME", name).replace("VALUE", value)
+        Path("one.yaml").write_text(with_value if "NAME" in recipe else f"{recipe}\nparameters: {{{name}: {value}}}\n")
+        sm.merge("one.yaml", "one", overwrite=True)
+        assert bytes_of(each.out) == bytes_of("one")
+        contents.add(bytes_of(each.out)["model.safetensors"])
+    assert len(contents) == len(values)
+    sm.verify(result.kept[0].out, inputs=".", sample="100%")
+
+
+def test_a_recipe_is_read_as_often_as_one_merge(models: None) -> None:
+    Path("recipe.yaml").write_text("merge_method: ties\n" + MODELS + RULES + PARAMETERS.replace("NAME: VALUE", ""))
+    once = sm.merge("recipe.yaml", "one", io="pread")
+    result = sm.sweep("recipe.yaml", "out", parameters={"density": "0.2:0.8:0.2"}, io="pread")
+    assert len(result.kept) == 4
+    assert result.read_bytes == once.read_bytes
+
+
+def test_the_weights_of_a_recipe_are_those_of_its_models(models: None, cli: Cli) -> None:
+    Path("recipe.yaml").write_text("merge_method: ties\nparameters: {density: 0.5}\n" + MODELS + RULES)
+    found = cli("sweep", "recipe.yaml", "--weights", "0.3,0.7", "-p", "weight=0.9,0.1", "-o", "out").stdout
+    assert "weight" in found.splitlines()[0]
+    names = ["sweep.csv", "sweep.json", "weight_0.3_0.7", "weight_0.9_0.1"]
+    assert sorted(each.name for each in Path("out").iterdir()) == names
+    own = Path("recipe.yaml").read_text().replace("weight: 0.4", "weight: 0.9").replace("[0.3, 0.9]", "0.1")
+    Path("one.yaml").write_text(own)
+    sm.merge("one.yaml", "one")
+    assert bytes_of("out/weight_0.9_0.1") == bytes_of("one")
+    drawn = sm.sweep("recipe.yaml", "drawn", random=3, seed=2)
+    assert [len(each.settings["weight"].split(",")) for each in drawn.outputs] == [2, 2, 2]
+    data = cli("inspect", "one", "--recipe").stdout
+    typed = CliRunner().invoke(command_line, ["sweep", "-", "--weights", "1,2", "-o", "typed", "--dry-run"], input=data)
+    assert typed.stdout.startswith("1 merge in typed")
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"epochs": "1:2"}, "epochs beside a recipe"),
+        ({"soup": "greedy", "score": "x {}"}, "soup beside a recipe"),
+        ({"method": "ties", "base": "base-llm", "random": 2}, "method, base beside a recipe"),
+        ({}, "a sweep varies something"),
+        ({"parameters": {"density": ["0.1", "0.2"]}}, "linear has no parameter density"),
+        ({"normalize": False, "parameters": {"normalize": "true"}}, "`normalize` and the parameter normalize"),
+        ({"out": None, "random": 2}, "pass `out`"),
+    ],
+)
+def test_what_a_recipe_says_itself_is_refused(models: None, asked: dict[str, Any], said: str) -> None:
+    recipe = {"merge_method": "linear", "models": [{"model": "a-llm"}, {"model": "b-llm"}]}
+    with pytest.raises(sm.RecipeError) as caught:
+        sm.sweep(recipe=recipe, **{"out": "out", **asked})
+    assert said in str(caught.value)
+
+
+def test_adapters_alone_are_no_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        Path(name).mkdir()
+        factors = {f"base_model.model.m.lora_{k}.weight": torch.ones(*s) for k, s in (("A", (2, 8)), ("B", (8, 2)))}
+        save_file(factors, f"{name}/adapter_model.safetensors")
+        Path(name, "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    with pytest.raises(sm.RecipeError, match="adapters alone"):
+        sm.sweep(["a", "b"], "out", weights=[[0.5, 0.5], [0.4, 0.6]])
+    recipe = {"merge_method": "linear", "models": [{"model": "a"}, {"model": "b"}]}
+    with pytest.raises(sm.RecipeError, match="adapters alone"):
+        sm.sweep(recipe=recipe, out="out", weights=[[0.5, 0.5], [0.4, 0.6]])

@@ -33,30 +33,38 @@ class Combination:
             total.add_(scaled(chunk.base, self.of_base))
         return total if self.divisor == 1 else total.div_(self.divisor)
 
-    def of(
-        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, total: torch.Tensor, term: torch.Tensor
-    ) -> torch.Tensor:
-        """Returns the same numbers to the bit, from tensors in the compute dtype that stay as they are. ``total`` and
-        ``term`` are memory for a sum and a product of as many elements. ``base`` may be None if it has no weight."""
-        import torch
-
-        if self.weights[0] == 1:
-            total.copy_(models[0])
-        else:
-            torch.mul(models[0], self.weights[0], out=total)
-        more = list(zip(models[1:], self.weights[1:], strict=True))
-        if self.of_base and base is not None:
-            more.append((base, self.of_base))
-        for values, w in more:
-            total.add_(values if w == 1 else torch.mul(values, w, out=term))
-        return total if self.divisor == 1 else total.div_(self.divisor)
-
     def bound(self, magnitudes: Sequence[float]) -> float:
         """Returns what no magnitude of a result exceeds by more than rounding, from such numbers of the models, and of the
         base if it has a weight. NaN if the divisor is 0."""
         weights = (*self.weights, self.of_base) if self.of_base else self.weights
         most = sum(abs(w) * magnitude for w, magnitude in zip(weights, magnitudes, strict=True))
         return most / abs(self.divisor) if self.divisor else math.nan
+
+
+class Combinations:
+    """Several such kernels over the same numbers, in few operations: the results are the same to the bit.
+
+    They must have a weight of the base all or none, and a divisor other than 1 all or none. ``compute``: the dtype.
+    """
+
+    def __init__(self, kernels: Sequence[Combination], compute: torch.dtype) -> None:
+        import torch
+
+        rows = [(*each.weights, each.of_base) if each.of_base else each.weights for each in kernels]
+        columns = zip(*rows, strict=True)
+        self._weights = [torch.tensor(column, dtype=compute).unsqueeze(1) for column in columns]
+        divisors = [each.divisor for each in kernels]
+        self._divisors = None if divisors[0] == 1 else torch.tensor(divisors, dtype=compute).unsqueeze(1)
+
+    def __call__(self, values: Sequence[torch.Tensor], totals: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
+        """Returns the result of each kernel as a row of ``totals``. ``values``: of the models, then of a base that has a
+        weight, in the compute dtype; they stay as they are. ``totals`` and ``terms`` are memory for sums and products."""
+        import torch
+
+        torch.mul(values[0], self._weights[0], out=totals)
+        for each, weights in zip(values[1:], self._weights[1:], strict=True):
+            totals.add_(torch.mul(each, weights, out=terms))
+        return totals if self._divisors is None else totals.div_(self._divisors)
 
 
 def combination(weights: Sequence[float], of_base: float = 0.0, divisor: float = 1.0) -> Combination:

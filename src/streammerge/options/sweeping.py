@@ -22,13 +22,14 @@ class Sweeping(Options):
     """Which merges are made, and which are kept."""
 
     weights: Sequence[Sequence[float]] | None = option(
-        "One number per input, for each merge.",
+        "One number per input, for each merge; of a recipe, per model, in each list of models.",
         OptionKind("lists of one number per input, like [[0.5, 0.5], [0.6, 0.4]]", lists_of_numbers, many=True),
         metavar="W,W,...",
     )
     parameters: Mapping[str, Any] | None = option(
         "Parameters of the method by name. A range FROM:TO:STEP and a list have a merge for each value, a range FROM:TO is "
-        "drawn from; of several, all combinations are made.",
+        "drawn from; of several, all combinations are made. Of a recipe, these are its own `parameters`; rules, models, "
+        "slices and modules keep theirs.",
         OptionKind("a dict of names and values, like {'t': '0.2:0.8:0.1'}", parameters, many=True),
         metavar="NAME=VALUE",
         short="-p",
@@ -60,6 +61,9 @@ class Blending(Options):
     base: Checkpoint | None = Merging.base
     seed: int | None = option("For drawn merges, and methods that draw random numbers.", WHOLE, metavar="N", otherwise="0")
     dtype: object = option("Dtype of the output's floating-point tensors.", metavar="DTYPE", otherwise="the first input's")
+    out_dtype: object = Merging.out_dtype
     compute_dtype: object = option(
         "Dtype of the arithmetic: float32 or float64.", metavar="DTYPE", otherwise="the method's"
     )
+    own_methods: bool = Merging.own_methods
+    card: bool | None = Merging.card

@@ -20,5 +20,6 @@ Each module imports only modules above it::
     locations  paths of its models, and their names in a recipe that travels with an output
     reader     a file or plain data -> a Recipe
     arguments  the arguments of merge() -> a Recipe
+    varying    a recipe with other parameters, for sweeps
     summary    a recipe as readable text
 """

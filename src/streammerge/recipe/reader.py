@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -61,15 +61,17 @@ def read_recipe(
     own_methods: bool = False,
     folder: Location | None = None,
     adapters: Adapters = no_adapters,
+    vary: Callable[[Recipe], Recipe] | None = None,
 ) -> Recipe:
     """Reads a recipe from a YAML file, or from a dict with the same keys, and finds its models.
 
     Paths in a file are relative to the current folder or the file's folder; those in a dict, to ``folder`` if it is
     given. ``own_methods``: whether it may name methods that are the user's own code. ``adapters``: tells whether models
-    are adapters. Raises RecipeError with every mistake and its line.
+    are adapters. ``vary``: makes another recipe of what was read, before that is checked. Raises RecipeError with every
+    mistake and its line.
     """
     if isinstance(source, Mapping):
-        return _read([Document(source, {}, [])], "the recipe", [folder or HERE], own_methods, adapters=adapters)
+        return _read([Document(source, {}, [])], "the recipe", [folder or HERE], own_methods, adapters=adapters, vary=vary)
     path = parse(source)
     name = printable(source)
     if not path.is_file():
@@ -85,7 +87,7 @@ def read_recipe(
         raise RecipeError(f"{name} is not UTF-8 text; save the recipe as UTF-8") from error
     documents = parse_documents(text, str(source))
     folders = [HERE, path.parent] + ([path.parent.parent] if path.name == RECIPE_FILE else [])
-    return _read(documents, name, folders, own_methods, adapters=adapters)
+    return _read(documents, name, folders, own_methods, adapters=adapters, vary=vary)
 
 
 def _read(
@@ -95,6 +97,7 @@ def _read(
     own_methods: bool,
     confined: bool = False,
     adapters: Adapters = no_adapters,
+    vary: Callable[[Recipe], Recipe] | None = None,
 ) -> Recipe:
     from streammerge.recipe.stages import check_stages, gathered
 
@@ -110,6 +113,8 @@ def _read(
         recipe = located(
             replace(recipe, positions=positions, stages=_placed(recipe.stages, positions)), folders, problems, confined
         )
+        if vary is not None:
+            recipe = vary(recipe)
         if recipe.experts:
             problems.add(("experts",), "a recipe with experts has no merge_method; leave that out")
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -49,7 +49,8 @@ _RANKS = ("rank", "svd_rank")
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """The arguments of a merge or a plan, read and checked. ``own_weights``: those that the inputs brought along."""
+    """The arguments of a merge or a plan, read and checked. ``own_weights``: those that the inputs brought along.
+    ``vary``: makes another recipe of the one that was read."""
 
     inputs: list[str]
     own_weights: list[float] | None
@@ -64,6 +65,7 @@ class Request:
     resources: Resources
     executing: Executing
     output: Writing
+    vary: Callable[[Recipe], Recipe] | None = None
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Request:
@@ -205,7 +207,7 @@ class Request:
         _refuse_beside_recipe({**theirs, **schedules, **choice, **(asked.parameters or {}), **normalize})
         overrides = asked.overrides | self.naming.overrides | self.policies.overrides
         overrides |= self.selection.overrides | self.output.overrides
-        return overridden(read_recipe(self.recipe, asked.own_methods, adapters=are_adapters), overrides)
+        return overridden(read_recipe(self.recipe, asked.own_methods, adapters=are_adapters, vary=self.vary), overrides)
 
     @property
     def schedule(self) -> str | None:

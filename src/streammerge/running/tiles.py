@@ -1,6 +1,7 @@
-"""Weighted sums of several outputs in tiles: inputs are converted once, and each output is summed from the CPU's own cache.
+"""Weighted sums of several outputs in tiles: inputs are converted once, and outputs are summed from the CPU's own cache.
 
-The operations on a number, and their order, are those of each output's kernel, so the results are the same to the bit.
+The operations on a number, and their order, are those of each output's kernel, so the results are the same to the bit. One
+operation works on several outputs, since for tiles that a cache holds, calling torch costs as much as computing.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from streammerge.kernels.chunk import Chunk, Slot
-from streammerge.methods.linear import Combination
+from streammerge.methods.linear import Combination, Combinations
 from streammerge.tensors.spec import ranges
 
 if TYPE_CHECKING:
     import torch
 
-TILE_BYTES = 5 << 18
-"""Memory for the tiles of all inputs, a sum and a product: about the half of a core's cache of the second level."""
-_MOST_ELEMS, _LEAST_ELEMS = 1 << 15, 1 << 11
-_SUM: Slot = ("sum",)
-_PRODUCT: Slot = ("product",)
+TILE_BYTES = 6 << 20
+"""Memory for the tiles of all inputs, and of a few sums and products: about a core's part of the caches."""
+_MOST_ELEMS, _LEAST_ELEMS = 1 << 16, 1 << 11
+_AT_ONCE = 4
+"""For so many outputs at once there is room at least."""
 _SOURCE = "source"
 
 
@@ -36,13 +37,15 @@ class Tiles:
     def __init__(self) -> None:
         self._memory = memoryview(mmap.mmap(-1, TILE_BYTES))
         self._begins: dict[Slot, int] = {}
-        self._elems = 0
+        self._elems = self._at_once = 0
 
     def fit(self, sources: int) -> bool:
         """Divides the memory for so many sources. Returns whether there is room for tiles that are worth it."""
         self._begins.clear()
-        most = TILE_BYTES // 8 // (sources + 3)  # 3: the sum, a product, and numbers on their way to the compute dtype
+        slots = sources + 1  # 1: numbers on their way to the compute dtype
+        most = TILE_BYTES // 8 // (slots + 2 * _AT_ONCE)  # 2: a sum and a product
         self._elems = min(most, _MOST_ELEMS) // _LEAST_ELEMS * _LEAST_ELEMS
+        self._at_once = (TILE_BYTES // 8 // self._elems - slots) // 2 if self._elems else 0
         return self._elems > 0
 
     def get(self, slot: Slot, dtype: torch.dtype, elems: int) -> torch.Tensor:
@@ -63,23 +66,55 @@ class Tiles:
     ) -> list[bool]:
         """Computes elements ``start`` to ``stop`` of each output, and rounds them into its memory in ``outs``. Returns for
         each whether all its numbers are certainly finite."""
-        finite = [True] * len(outs)
-        for a, b in ((start + a, start + b) for a, b in ranges(stop - start, self._elems)):
-            chunk = Chunk(a, b, compute, self, read, based=False, models=0)
-            total, product = chunk.empty(_SUM), chunk.empty(_PRODUCT)
-            loaded: dict[int, torch.Tensor] = {}
-            largest: dict[int, float] = {}
-            for number, ((kernel, models, base), out) in enumerate(zip(kernels, outs, strict=True)):
-                sources = models if base is None else (*models, base)
-                for source in sources:
-                    if source not in loaded:
-                        loaded[source] = chunk.load(source, (_SOURCE, source))
-                        largest[source] = _norm(loaded[source])
-                values = [loaded[source] for source in models]
-                made = kernel.of(values, None if base is None else loaded[base], total, product)
-                out[a - start : b - start].copy_(made)
-                finite[number] &= kernel.bound([largest[source] for source in sources]) < _largest(out.dtype)
+        import torch
+
+        groups = [(sources, numbers, _joined(kernels, numbers, compute)) for sources, numbers in self._groups(kernels)]
+        parts = [torch.split(out, self._elems) for out in outs]
+        wanted = sorted({source for sources, _, _ in groups for source in sources})
+        magnitudes: dict[int, list[float]] = {source: [] for source in wanted}
+        totals, terms = (self._pair(which, compute) for which in range(2))
+        for tile, (a, b) in enumerate(ranges(stop - start, self._elems)):
+            chunk = Chunk(start + a, start + b, compute, self, read, based=False, models=0)
+            loaded = {source: chunk.load(source, (_SOURCE, source)) for source in wanted}
+            for source, values in loaded.items():
+                magnitudes[source].append(_norm(values))
+            for sources, numbers, joined in groups:
+                room = (len(numbers), b - a)
+                memory = totals[: room[0] * room[1]].view(room), terms[: room[0] * room[1]].view(room)
+                made = joined([loaded[source] for source in sources], *memory)
+                torch._foreach_copy_([parts[number][tile] for number in numbers], list(made.unbind()))
+        largest = {source: _largest_of(found) for source, found in magnitudes.items()}
+        finite = [False] * len(outs)
+        for sources, numbers, _ in groups:
+            for number in numbers:
+                bound = kernels[number][0].bound([largest[source] for source in sources])
+                finite[number] = bound < _limit(outs[number].dtype)
         return finite
+
+    def _pair(self, which: int, compute: torch.dtype) -> torch.Tensor:
+        """Returns the memory for the sums, or for the products, of all outputs that are made at once: the end of the
+        memory, behind the slots."""
+        import torch
+
+        nbytes = self._at_once * self._elems * 8
+        begin = TILE_BYTES - (which + 1) * nbytes
+        return torch.frombuffer(self._memory[begin : begin + nbytes], dtype=compute)
+
+    def _groups(self, kernels: Sequence[Summed]) -> list[tuple[tuple[int, ...], list[int]]]:
+        """Returns the numbers of outputs that are made at once, with the sources that they sum, in their order."""
+        alike: dict[tuple[tuple[int, ...], bool, bool], list[int]] = {}
+        for number, (kernel, models, base) in enumerate(kernels):
+            sources = tuple(models) if base is None else (*models, base)
+            alike.setdefault((sources, base is None, kernel.divisor == 1), []).append(number)
+        return [
+            (sources, numbers[begin : begin + self._at_once])
+            for (sources, _, _), numbers in alike.items()
+            for begin in range(0, len(numbers), self._at_once)
+        ]
+
+
+def _joined(kernels: Sequence[Summed], numbers: Sequence[int], compute: torch.dtype) -> Combinations:
+    return Combinations([kernels[number][0] for number in numbers], compute)
 
 
 def _norm(values: torch.Tensor) -> float:
@@ -89,7 +124,12 @@ def _norm(values: torch.Tensor) -> float:
     return math.sqrt(torch.dot(values, values).item()) if values.numel() else 0.0
 
 
-def _largest(dtype: torch.dtype) -> float:
+def _largest_of(magnitudes: Sequence[float]) -> float:
+    """Returns the largest, or NaN if one is not finite."""
+    return max(magnitudes, default=0.0) if all(map(math.isfinite, magnitudes)) else math.nan
+
+
+def _limit(dtype: torch.dtype) -> float:
     """Returns a number that a dtype can hold, and a part of its largest."""
     import torch
 

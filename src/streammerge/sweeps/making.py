@@ -58,11 +58,13 @@ class Maker:
     def plan_of(self, point: Point, memory: object = None) -> tuple[Request, Plan]:
         """Returns the plan of one merge. Raises the errors of :func:`streammerge.plan`."""
         inputs = list(self.inputs if point.inputs is None else point.inputs)
-        asked = {**self.given, "inputs": inputs, "out": self.place(point), "recipe": None, **point.arguments}
+        recipe = self.given.get("recipe")
+        asked = {**self.given, "inputs": inputs, "out": self.place(point), "recipe": recipe}
+        asked |= point.arguments if recipe is None else {"weights": None, "parameters": None}
         if memory is not None:
             asked["memory"] = memory
         request = Request.of(asked)
-        plan = request.plan()
+        plan = (request if recipe is None else replace(request, vary=point.varied)).plan()
         obstacles = output_warnings(plan)
         plan.warnings = [warning for warning in plan.warnings if warning not in obstacles]
         return request, plan

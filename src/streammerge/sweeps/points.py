@@ -13,6 +13,8 @@ from typing import Any
 
 from streammerge.checkpoints.numbers import in_order, number_of
 from streammerge.errors import RecipeError, listed, printable
+from streammerge.recipe.model import Recipe
+from streammerge.recipe.varying import varied
 
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _RANGE = re.compile(rf"\s*({_NUMBER}):({_NUMBER})(?::({_NUMBER}))?\s*")
@@ -31,6 +33,10 @@ class Point:
     settings: dict[str, str]
     arguments: dict[str, Any] = field(default_factory=dict)
     inputs: tuple[str, ...] | None = None
+
+    def varied(self, recipe: Recipe) -> Recipe:
+        """Returns the recipe with the parameters and weights of this merge. Raises RecipeError."""
+        return varied(recipe, self.arguments.get("weights"), self.arguments["parameters"])
 
     @property
     def name(self) -> str:

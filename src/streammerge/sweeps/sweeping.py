@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from streammerge.checkpoints.globs import expand
-from streammerge.errors import RecipeError, printable
+from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats.records import RECEIPT_FILE
 from streammerge.options.base import picked
 from streammerge.options.sweeping import Blending, Sweeping
+from streammerge.recipe.model import Recipe
+from streammerge.recipe.names import is_recipe_name
+from streammerge.recipe.reader import read_recipe
+from streammerge.recipe.stage_names import stage_of
+from streammerge.recipe.varying import varied_models
+from streammerge.requests.adapters import adapters_alone, are_adapters
 from streammerge.requests.inputs import path_of
 from streammerge.running.readback import receipt_of
 from streammerge.running.session import RunOptions
@@ -25,33 +32,71 @@ from streammerge.units import counted, parse_bytes
 
 _NOT_MERGED = ("inputs", "out", "weights", "parameters", "random", "epochs", "averages", "keep", "score", "lowest", "soup")
 
+_ADAPTERS_ALONE = (
+    "a sweep makes models, and adapters alone are merged to an adapter, one merge at a time; name each with its base, as "
+    "in BASE+ADAPTER, or merge them one by one"
+)
+
 
 class Sweep:
     """A sweep as it was asked for. Raises RecipeError for arguments that do not fit together."""
 
     def __init__(self, given: Mapping[str, Any], options: RunOptions) -> None:
         self.asked, blending = picked(Sweeping, given), picked(Blending, given)
-        inputs = given["inputs"]
+        inputs, recipe = given["inputs"], given.get("recipe")
         inputs = [inputs] if isinstance(inputs, str) or not isinstance(inputs, Sequence) else list(inputs)
+        if recipe is None and len(inputs) == 1 and is_recipe_name(str(inputs[0])):
+            recipe, inputs = inputs[0], []
         texts = [str(each) for each in inputs if not isinstance(each, Mapping)]
         self.inputs: list[Any] = expand(texts) if len(texts) == len(inputs) else inputs
-        shared = {name: value for name, value in given.items() if name not in _NOT_MERGED}
+        shared = {name: value for name, value in given.items() if name not in _NOT_MERGED} | {"recipe": recipe}
+        if recipe is not None:
+            shared["normalize"] = None  # it is one of the parameters that vary
+        if given["out"] is None:
+            raise RecipeError("a sweep needs a folder for its outputs; pass `out`")
         out = path_of("out", given["out"])
-        self.template = out if "{}" in out else f"{out.rstrip('/')}/{{}}{_ending(self.inputs)}"
-        self.folder = parse(self.template.rpartition("/")[0] or ".")
+        self.points: list[Point] = []
+        first = self.inputs[:1] if recipe is None else [self._first_of(recipe, blending)]
+        self.template = out if "{}" in out else f"{out.rstrip('/')}/{{}}{_ending(first)}"
+        self.folder = parse(self.template.partition("{}")[0].rpartition("/")[0] or ".")
+        if recipe is None and blending.base is None and len(texts) == len(inputs) and are_adapters(self.inputs):
+            raise RecipeError(_ADAPTERS_ALONE)
         self.maker = Maker(shared, self.inputs, self._place, options)
         self.keep = kept_count(self.asked.keep)
         if (self.keep is not None or self.asked.soup) and self.asked.score is None:
             raise RecipeError("`keep` and `soup` need scores; pass `score`, a command like 'evaluate.sh {}'")
-        self.points: list[Point] = []
-        if self.asked.soup is None:
+        if self.asked.soup is None and recipe is None:
             self.points = points_of(self._space(blending.seed or 0), [str(each) for each in self.inputs])
-        elif len(self.inputs) < 2:
+        elif self.asked.soup is not None and len(self.inputs) < 2:
             raise RecipeError("a greedy soup needs two models or more")
 
-    def _space(self, seed: int) -> Space:
+    def _first_of(self, recipe: Any, blending: Blending) -> str:
+        """Finds the points of a recipe. Returns the path of the checkpoint that gives the outputs their container. Raises
+        RecipeError for what only inputs can have."""
+        theirs = {"inputs": self.inputs or None, "method": blending.method, "base": blending.base}
+        theirs |= {name: getattr(self.asked, name) for name in ("epochs", "averages", "soup")}
+        given = [name for name, value in theirs.items() if value is not None]
+        if given:
+            raise RecipeError(
+                f"{listed(given)} beside a recipe: it names its models and its method itself; a sweep varies its "
+                "`parameters` and `weights`"
+            )
+        more = {} if blending.normalize is None else {"normalize": blending.normalize}
+        if more.keys() & (self.asked.parameters or {}):
+            raise RecipeError("`normalize` and the parameter normalize are the same; give one of them")
+
+        def first(read: Recipe) -> Recipe:
+            self.points = points_of(self._space(blending.seed or 0, more), varied_models(read))
+            return self.points[0].varied(read)  # it may lack the very parameters that vary
+
+        read = read_recipe(recipe, blending.own_methods, adapters=are_adapters, vary=first)
+        if adapters_alone(read):
+            raise RecipeError(_ADAPTERS_ALONE)
+        return _path_of_first(read)
+
+    def _space(self, seed: int, more: Mapping[str, Any] | None = None) -> Space:
         asked = self.asked
-        parameters = dict(asked.parameters or {})
+        parameters = {**(asked.parameters or {}), **(more or {})}
         weights = list(asked.weights or ())
         return space_of(
             parameters,
@@ -118,6 +163,13 @@ class Sweep:
             place = parse(made.out)
             place.remove_files({RECEIPT_FILE, *receipt_of(place).checksums})
             made.state = "removed"
+
+
+def _path_of_first(recipe: Recipe) -> str:
+    """Returns the path of the checkpoint whose container the outputs have, through stages."""
+    path = recipe.checkpoints[0].path
+    name = stage_of(path)
+    return path if name is None else _path_of_first(replace(recipe.stages[name], stages=recipe.stages))
 
 
 def _ending(inputs: Sequence[Any]) -> str:

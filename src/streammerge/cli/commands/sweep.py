@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from streammerge.cli import options
-from streammerge.cli.arguments import as_arguments, lists_of_numbers, values_of_parameters
+from streammerge.cli.arguments import as_arguments, inputs_and_recipe, lists_of_numbers, values_of_parameters
 from streammerge.cli.reports import show_sweep
 from streammerge.cli.terminal import say
 from streammerge.options.functions import SWEEP
@@ -32,6 +32,7 @@ def sweep(
     \b
     streammerge sweep news.pth audiobook.pth --weights 0.5,0.5 --weights 0.6,0.4 -o voices/
     streammerge sweep a/ b/ --method slerp -p t=0.2:0.8:0.1 --score './evaluate.sh {}' --keep best:3 -o tries/
+    streammerge sweep recipe.yaml -p density=0.3:0.9:0.2 -o tries/
     streammerge sweep 'exp/epoch-*.pt' --epochs 28:30 --averages 1:5 --score './wer.sh {}' --lowest -o averages/
     """
     from streammerge.cli.progress import Progress
@@ -41,14 +42,15 @@ def sweep(
     parameters = values_of_parameters(typed.pop("parameters"))
     weights = lists_of_numbers([*typed.pop("weights"), *parameters.pop("weight", [])])
     asked = as_arguments({**typed, "weights": None}) | {"weights": weights or None, "parameters": parameters}
+    found, asked["recipe"] = inputs_and_recipe(inputs, None)
     if dry_run:
         from streammerge.running.session import RunOptions
         from streammerge.sweeps.sweeping import Sweep
 
-        say(Sweep({"inputs": inputs, "out": out, **asked}, RunOptions()).planned())
+        say(Sweep({"inputs": found, "out": out, **asked}, RunOptions()).planned())
         return
     with Progress(form, enabled=not no_progress) as progress:
         from streammerge import api
 
-        found = api.sweep(inputs, out, listener=progress, **asked)
-        show_sweep(found, form)
+        made = api.sweep(found, out, listener=progress, **asked)
+        show_sweep(made, form)
