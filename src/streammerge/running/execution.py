@@ -64,13 +64,14 @@ class Result:
         return table(printable(self.out), facts)
 
 
-def tell_and_prepare(plan: Plan, listener: Listener) -> None:
-    """Tells the notes and warnings of a plan, and loads torch if the plan needs it. The peak of memory counts from here."""
+def tell_and_prepare(plan: Plan, listener: Listener, computes: bool = True) -> None:
+    """Tells the notes and warnings of a plan, and loads torch if the plan needs it and the caller ``computes``. The peak of
+    memory counts from here."""
     for note in plan.notes:
         listener(Told("note", note))
     for warning in plan.warnings:
         listener(Told("warning", warning))
-    if plan.torch_needed:
+    if computes and plan.torch_needed:
         listener(Preparing("torch"))
         with process.collector_paused():  # saves a tenth of torch's import, which makes 100,000 lasting objects
             prepare_torch()

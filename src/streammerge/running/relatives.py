@@ -17,10 +17,11 @@ from streammerge.sources.base import Source
 from streammerge.sources.stored import Stored
 from streammerge.stores.base import Location
 from streammerge.stores.inputs import InputFiles
+from streammerge.tensors.dtypes import DType
 from streammerge.tensors.names import bare
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
 
 _TENSORS = 16
 _SAMPLE_ELEMS = 1 << 15
@@ -28,6 +29,7 @@ _LEAST_ELEMS = 256
 _MOST_BYTES = 4 << 20
 """Samples that are read at once, at least those of one tensor."""
 _STRANGERS = 0.1
+_OF_NUMPY = (DType.F64, DType.F32, DType.F16)
 Pair = tuple[Location, Location]
 
 
@@ -111,14 +113,26 @@ def _middle(source: Source) -> tuple[Location, int, int]:
     return path, offset + (source.spec.numel - sampled) // 2 * size, sampled * size
 
 
-def _numbers(source: Source, data: memoryview) -> torch.Tensor:
+def _numbers(source: Source, data: memoryview) -> np.ndarray:
+    """Returns numbers as float64. By numpy: who only finishes an output would load torch for this alone."""
+    import numpy as np
+
+    dtype = source.spec.dtype
+    if dtype == DType.BF16:
+        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    if dtype in _OF_NUMPY:
+        return np.frombuffer(data, dtype.torch_name).astype(np.float64)
     import torch
 
-    return torch.frombuffer(bytearray(data), dtype=source.spec.dtype.torch).double()
+    found: np.ndarray = torch.frombuffer(bytearray(data), dtype=dtype.torch).double().numpy()
+    return found
 
 
-def _cosine(one: torch.Tensor, two: torch.Tensor) -> float | None:
-    """Returns the cosine between two vectors, None if one has only zeros."""
-    length = one.norm() * two.norm()
-    cosine = float(one.dot(two) / length) if length > 0 else None
+def _cosine(one: np.ndarray, two: np.ndarray) -> float | None:
+    """Returns the cosine between two vectors, None if one has only zeros, or numbers that are not finite."""
+    import numpy as np
+
+    with np.errstate(all="ignore"):
+        length = float(np.sqrt((one * one).sum() * (two * two).sum()))
+        cosine = float((one * two).sum()) / length if length > 0 else None
     return cosine if cosine == cosine else None
