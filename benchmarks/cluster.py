@@ -281,7 +281,7 @@ _GET, _PUT = 0.40e-6, 5.0e-6
 """Dollars for a request to a large object store, as they are usually listed. Traffic within a region is free there."""
 _NODE_HOUR = 0.80
 """Dollars for an hour of a machine with 16 cores and 12.5 Gbit/s to 100 Gbit/s."""
-_BLOCK_BYTES, _PART_BYTES = 4 << 20, 8 << 20
+_BLOCK_BYTES, _PART_BYTES = 8 << 20, 8 << 20
 _BEAT_SECONDS = 5.0
 _LEAST_SECONDS = {"claim_seconds": 0.005, "receipt_seconds": 0.001}
 """What small files take on storage behind a network. Those of a local disk were measured."""

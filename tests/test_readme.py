@@ -1,6 +1,6 @@
 """Every command and program in the README runs and prints the text that the README shows.
 
-The commands run in an environment that contains only the packages that `pip install .` installs.
+The commands run in an environment that shows only the packages that `pip install .` installs.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def bare() -> Path:
-    """Makes the environment with the declared dependencies only, once for all test processes."""
+    """Makes the environment that shows the declared dependencies only, once for all test processes."""
     command, environment = [ROOT / "scripts/bare-environment"], os.environ | {"PYTHON": sys.executable}
     made = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert made.returncode == 0, made.stderr
@@ -215,4 +215,6 @@ def test_the_demo_and_the_installation_run_in_a_clean_copy(tmp_path: Path) -> No
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "own")], check=True)
     pip = [str(tmp_path / "own/bin/pip"), "install", "--quiet", "-c", "constraints.txt", "."]
     assert subprocess.run(pip, **options).returncode == 0
-    assert subprocess.run([str(tmp_path / "own/bin/streammerge"), "--version"], **options).returncode == 0
+    torch.save(voice(1, 1, 1.0), tmp_path / "copy/news.pth")
+    merge = [str(tmp_path / "own/bin/streammerge"), "merge", "news.pth", "news.pth", "-o", "voice.pth"]
+    assert subprocess.run(merge, **options).returncode == 0

@@ -1,3 +1,3 @@
-from streammerge.cli.main import main
+from streammerge.cli.main import run
 
-main()
+run()

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from streammerge.cli.commands import SHORT
 from streammerge.cli.main import cli as group
 from streammerge.plugins import module_names
+from streammerge.version import __version__
 
 
 @pytest.mark.parametrize(
@@ -208,6 +209,14 @@ def test_debug_shows_the_traceback_and_keeps_the_exit_code(tmp_path: Path) -> No
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 4
     assert "Traceback" in done.stderr
+
+
+def test_a_module_ends_as_the_command_does() -> None:
+    """At once: torch takes half a second to end."""
+    late = "import atexit, runpy, sys; atexit.register(print, 'late'); sys.argv[1:] = ['--version']; "
+    late += "runpy.run_module('streammerge', run_name='__main__', alter_sys=True)"
+    done = subprocess.run([sys.executable, "-c", late], capture_output=True, text=True, check=True)
+    assert done.stdout == f"streammerge, version {__version__}\n"
 
 
 def test_a_terminal_shows_progress_and_leaves_a_clean_screen(tmp_path: Path, voices: tuple[Path, Path]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -70,6 +72,14 @@ def test_missing_units_are_named(plan: Path, tmp_path: Path) -> None:
     with pytest.raises(sm.UnfinishedError, match=f"1 of {count} units have no receipt yet: 1"):
         sm.finish(plan)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_finishing_does_without_torch(plan: Path, tmp_path: Path) -> None:
+    """Its import would be two thirds of a finish."""
+    sm.worker(plan, share="1/1")
+    code = f"import sys; import streammerge as sm; sm.finish({str(plan)!r}); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert is_right(tmp_path)
 
 
 def test_finishing_makes_no_tensor_again(plan: Path, tmp_path: Path) -> None:

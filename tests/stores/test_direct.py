@@ -11,13 +11,14 @@ from conftest import use_s3
 from fault_proxy import FaultProxy
 from stores.suite import noise
 from streammerge.errors import ChangedError, StoreError
-from streammerge.stores import direct
+from streammerge.stores import direct, multipart
 from streammerge.stores.ahead import Ahead
 from streammerge.stores.buffers import Buffers
 from streammerge.stores.locations import parse
 from streammerge.stores.multipart import Requests
-from streammerge.stores.remote import Passing
+from streammerge.stores.remote import Passing, RangedInput
 from streammerge.stores.s3 import S3
+from streammerge.stores.signing import Credentials
 
 SIZE = 3_000_001
 
@@ -115,7 +116,31 @@ def test_blocks_are_read_in_this_way(proxied: tuple[str, bytes, FaultProxy], mon
     store = location.store
     assert isinstance(store, S3)
     with pytest.raises(ChangedError, match=r"changed since it was planned"):
-        store.fetched(location, status, 0, 100, Buffers(100))
+        store.fetcher(location, status)(0, 100, Buffers(100))
+
+
+def test_settings_are_looked_up_once_for_a_file(
+    proxied: tuple[str, bytes, FaultProxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket, data, _ = proxied
+    location, looked, before = parse(f"s3://{bucket}/x"), list[str](), multipart.credentials
+    status = location.status()
+    assert isinstance(location.store, S3)
+
+    def counted() -> Credentials | None:
+        looked.append("credentials")
+        return before()
+
+    def possible() -> bool:
+        looked.append("possible")
+        return True
+
+    monkeypatch.setattr(direct, "possible", possible)
+    monkeypatch.setattr(multipart, "credentials", counted)
+    monkeypatch.setattr(location.store, "_clients", {})
+    file, buffers = RangedInput(location, location.store, status, Ahead(8 << 20)), Buffers(100)
+    assert b"".join(file.fetch(at, at + 100, buffers) for at in range(0, 1000, 100)) == data[:1000]
+    assert looked == ["possible", "credentials"]
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 import streammerge as sm
+from stores.suite import noise
+from stores.test_remote import Failing
 from streammerge.stores import descriptors
-from streammerge.stores.base import Damage
+from streammerge.stores.base import Damage, Location
 from streammerge.stores.inputs import InputFiles
 from streammerge.stores.locations import parse
 
@@ -37,6 +39,25 @@ def test_the_longest_unused_is_let_go(tmp_path: Path, monkeypatch: pytest.Monkey
     assert inputs.get(places[0]) is first
     assert inputs.get(places[1]) is not second
     second.read_into(memoryview(bytearray(5)), 0)  # whoever holds it still reads
+
+
+def test_ranges_that_lie_apart_are_asked_for_alone(tmp_path: Path) -> None:
+    data = noise(3_000_000)
+    local, store = parse(tmp_path / "x"), Failing()
+    local.write_whole(data, overwrite=False)
+    store.files = {"x": data}
+    for place in (local, Location(store, "x")):
+        inputs = InputFiles({place: place.status()}, ahead_bytes=16 << 20)
+        found = inputs.alone([(place, 2_000_000, 70), (place, 5, 3), (place, 2_999_999, 1), (place, 7, 0)])
+        assert [*map(bytes, found)] == [data[2_000_000:2_000_070], data[5:8], data[-1:], b""]
+        with pytest.raises(sm.ChangedError, match="ended before byte 3000001"):
+            inputs.alone([(place, 2_999_999, 2)])
+        inputs.close()
+    assert sorted(span for what, span in store.asked if what == "fetched") == [
+        (5, 8),
+        (2_000_000, 2_000_070),
+        (2_999_999, 3_000_000),
+    ]
 
 
 def test_damage_is_told_by_its_cause(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ SPOOLING_BYTES = 8 << 20
 """Blocks of a packed record before and after it is unpacked."""
 REMOTE_BYTES = 24 << 20
 """What the client of remote stores holds: its library, connections, and answers under way."""
-BEST_AHEAD_BYTES = 128 << 20
+BEST_AHEAD_BYTES = 256 << 20
 """Blocks of remote inputs that are fetched ahead, those under way included, and as much again that the client's allocator
 holds. 1.1 times the blocks were measured."""
 _LEAST_AHEAD_BYTES = 8 << 20

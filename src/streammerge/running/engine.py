@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from streammerge.kernels.chunk import Look, Step, Sweep
@@ -109,7 +108,7 @@ class _Making:
             bind(task, sweep if shared is None else shared.over(sweep), record)
         spread = ([piece] for piece in self._missing(number))
         for done in self._results(MergeWork(self.job, tuple(record.results)), spread):
-            yield replace(done, read_bytes=done.read_bytes + sum(asked)) if asked else done
+            yield done._replace(read_bytes=done.read_bytes + sum(asked)) if asked else done
             asked.clear()
 
     def _missing(self, number: int) -> Iterator[Piece]:

@@ -106,7 +106,7 @@ def finish_units(
     refuse_to_lose_files(out, plan)
     out.check_writable(options.overwrite)
     there = _AllUnits(plan, units, _receipts(plan, joint, units, lease_seconds))
-    tell_and_prepare(plan, options.listener)
+    tell_and_prepare(plan, options.listener, computes=False)
     startup, began = process.resident_bytes() - headers, time.perf_counter()
     options.listener(RunStarted(0, plan.write_bytes, plan.memory_bytes, len(plan.tasks)))
     files = len(plan.identities) + len(plan.layout.files) + len(plan.layout.side_files)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from streammerge.errors import listed, printable
 from streammerge.planning.tasks import MergeTask, where
@@ -16,12 +17,19 @@ from streammerge.sources.base import Source
 from streammerge.sources.stored import Stored
 from streammerge.stores.base import Location
 from streammerge.stores.inputs import InputFiles
+from streammerge.tensors.dtypes import DType
 from streammerge.tensors.names import bare
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _TENSORS = 16
 _SAMPLE_ELEMS = 1 << 15
 _LEAST_ELEMS = 256
+_MOST_BYTES = 4 << 20
+"""Samples that are read at once, at least those of one tensor."""
 _STRANGERS = 0.1
+_OF_NUMPY = (DType.F64, DType.F32, DType.F16)
 Pair = tuple[Location, Location]
 
 
@@ -31,14 +39,14 @@ def strangers(tasks: Sequence[MergeTask], inputs: InputFiles, owners: Mapping[Lo
     Reads at most 16 samples of 32,768 elements from each.
     """
     cosines: dict[Pair, list[float]] = defaultdict(list)
-    for task in _sampled(tasks):
-        first = task.sources[0]
-        for other in task.sources[1:]:
-            pair = owners[first.begin[0]], owners[other.begin[0]]
-            if pair[0] != pair[1] and bare(first.spec.name) == bare(other.spec.name):
-                cosine = _cosine(first, other, inputs)
+    for compared in _compared(tasks, owners):
+        samples = iter(inputs.alone([_middle(source) for sources in compared for source in sources]))
+        for first, *others in compared:
+            one = _numbers(first, next(samples))
+            for other in others:
+                cosine = _cosine(one, _numbers(other, next(samples)))
                 if cosine is not None:
-                    cosines[pair].append(cosine)
+                    cosines[owners[first.begin[0]], owners[other.begin[0]]].append(cosine)
     medians = {pair: (_median(found), len(found)) for pair, found in cosines.items()}
     apart: dict[Location, list[Location]] = defaultdict(list)
     for (known, another), (median, _) in medians.items():
@@ -77,19 +85,54 @@ def _is_matrix(entry: Source) -> bool:
     return spec.dtype.kind == "float" and len(spec.shape) > 1 and spec.numel >= _LEAST_ELEMS and entry.__class__ is Stored
 
 
-def _cosine(one: Source, two: Source, inputs: InputFiles) -> float | None:
-    """Returns the cosine between elements from the middle of both sources, None if one has only zeros there."""
+def _compared(tasks: Sequence[MergeTask], owners: Mapping[Location, Location]) -> Iterator[list[list[Source]]]:
+    """Yields batches of tensors whose samples are read at once. Each is its first source, and those that it is compared
+    with."""
+    batch, held = list[list[Source]](), 0
+    for task in _sampled(tasks):
+        first, *others = task.sources
+        owner, name = owners[first.begin[0]], bare(first.spec.name)
+        found = [each for each in others if owners[each.begin[0]] != owner and bare(each.spec.name) == name]
+        if not found:
+            continue
+        nbytes = sum(_middle(each)[2] for each in (first, *found))
+        if batch and held + nbytes > _MOST_BYTES:
+            yield batch
+            batch, held = [], 0
+        batch.append([first, *found])
+        held += nbytes
+    if batch:
+        yield batch
+
+
+def _middle(source: Source) -> tuple[Location, int, int]:
+    """Returns the place of the sample of a source: file, offset and bytes."""
+    size = source.spec.dtype.element_bytes
+    sampled = min(source.spec.numel, _SAMPLE_ELEMS)
+    path, offset = source.begin
+    return path, offset + (source.spec.numel - sampled) // 2 * size, sampled * size
+
+
+def _numbers(source: Source, data: memoryview) -> np.ndarray:
+    """Returns numbers as float64. By numpy: who only finishes an output would load torch for this alone."""
+    import numpy as np
+
+    dtype = source.spec.dtype
+    if dtype == DType.BF16:
+        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    if dtype in _OF_NUMPY:
+        return np.frombuffer(data, dtype.torch_name).astype(np.float64)
     import torch
 
-    sampled = min(one.spec.numel, _SAMPLE_ELEMS)
-    start = (one.spec.numel - sampled) // 2
-    vectors = []
-    for entry in (one, two):
-        size = entry.spec.dtype.element_bytes
-        buffer = bytearray(sampled * size)
-        path, offset = entry.begin
-        inputs.get(path).read_into(memoryview(buffer), offset + start * size)
-        vectors.append(torch.frombuffer(buffer, dtype=entry.spec.dtype.torch).double())
-    length = vectors[0].norm() * vectors[1].norm()
-    cosine = float(vectors[0].dot(vectors[1]) / length) if length > 0 else None
+    found: np.ndarray = torch.frombuffer(bytearray(data), dtype=dtype.torch).double().numpy()
+    return found
+
+
+def _cosine(one: np.ndarray, two: np.ndarray) -> float | None:
+    """Returns the cosine between two vectors, None if one has only zeros, or numbers that are not finite."""
+    import numpy as np
+
+    with np.errstate(all="ignore"):
+        length = float(np.sqrt((one * one).sum() * (two * two).sum()))
+        cosine = float((one * two).sum()) / length if length > 0 else None
     return cosine if cosine == cosine else None

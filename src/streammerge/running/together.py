@@ -112,7 +112,7 @@ class TogetherWorker(MergeWorker):
         for target in targets:
             target.found()
         number, done = made[-1]
-        made[-1] = number, replace(done, read_bytes=self.workspace.asked_bytes - asked)
+        made[-1] = number, done._replace(read_bytes=self.workspace.asked_bytes - asked)
         return made
 
     def _stretch(

@@ -243,6 +243,13 @@ class Input(ABC):
         """Says that the range is read next, so that a remote file can be fetched ahead."""
         return
 
+    def alone(self, offset: int, nbytes: int) -> memoryview:
+        """Returns the bytes of a short range near which nothing is read soon: of a remote file no more than these are asked
+        for. ChangedError when the file ends before."""
+        buffer = memoryview(bytearray(nbytes))
+        self.read_into(buffer, offset)
+        return buffer
+
     def held(self, offset: int, nbytes: int) -> memoryview | None:
         """Returns the bytes if they are in memory in one place already, so that they need not be copied."""
         return None

@@ -86,6 +86,21 @@ class InputFiles:
         if location.store.reads_ahead:
             self.get(location).announce(offset, nbytes)
 
+    def alone(self, ranges: Sequence[tuple[Location, int, int]]) -> list[memoryview]:
+        """Returns the bytes of short ranges that lie apart, as (file, offset, bytes). Remote files are asked for all at
+        once."""
+
+        def read(place: tuple[Location, int, int]) -> memoryview:
+            location, offset, nbytes = place
+            return self.get(location).alone(offset, nbytes)
+
+        if not any(location.store.reads_ahead for location, _, _ in ranges):
+            return [*map(read, ranges)]
+        from concurrent.futures import ThreadPoolExecutor  # here, since local files do without
+
+        with ThreadPoolExecutor(_AT_ONCE, "streammerge-ranges") as pool:
+            return [*pool.map(read, ranges)]
+
     def halted_by(self, halt: Callable[[], object]) -> None:
         """``halt`` raises an exception when the run is stopping. Readers that wait for a remote file call it."""
         self._halt = halt

@@ -29,7 +29,7 @@ from streammerge.stores.base import Location
 from streammerge.stores.checksums import CRC32C
 from streammerge.stores.profiles import endpoint
 from streammerge.stores.remote import Passing, persistently
-from streammerge.stores.signing import credentials, region, signed
+from streammerge.stores.signing import Credentials, credentials, region, signed
 
 TIMEOUT_SECONDS = 60.0
 _PASSING_STATUS = (408, 429, 500, 502, 503, 504)
@@ -91,6 +91,8 @@ class Requests:
         self._named = parsed.netloc.rpartition("@")[2]
         self._root = f"{parsed.path}/{bucket}"
         self.bucket = bucket
+        self._region = region()
+        self._credentials: Credentials | None = None
         self._local = threading.local()
 
     # ------------------------------------------------------------------------------------------------------------ requests
@@ -145,8 +147,8 @@ class Requests:
             path,
             query,
             headers,
-            credentials(),
-            region(),
+            self._signer(),
+            self._region,
             datetime.datetime.now(datetime.timezone.utc),
         )
         every.pop("host", None)  # the connection sends it
@@ -168,6 +170,12 @@ class Requests:
             if isinstance(error, OSError | http.client.HTTPException) and not isinstance(error, StoreError):
                 raise Passing(f"{type(error).__name__}: {error}") from error
             raise
+
+    def _signer(self) -> Credentials | None:
+        """Returns the credentials. They are looked up again when they end soon."""
+        if self._credentials is None or self._credentials.ends_soon():
+            self._credentials = credentials()
+        return self._credentials
 
     def socket(self) -> socket.socket | None:
         """Returns the socket of this thread's connection. None if the server closes it after the present answer."""

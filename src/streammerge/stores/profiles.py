@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import functools
 import os
 from pathlib import Path
 
@@ -15,13 +16,25 @@ def profile() -> dict[str, str]:
         ("AWS_CONFIG_FILE", "~/.aws/config", name if name == "default" else f"profile {name}"),
         ("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials", name),
     ):
-        parser = configparser.RawConfigParser()
         try:
-            parser.read(Path(os.environ.get(variable) or usual).expanduser())
-            found |= dict(parser.items(section)) if parser.has_section(section) else {}
-        except (OSError, configparser.Error, UnicodeDecodeError, RuntimeError):
+            path = Path(os.environ.get(variable) or usual).expanduser()
+            status = path.stat()
+        except (OSError, RuntimeError):
             continue
+        found |= _section(path, section, (status.st_ino, status.st_size, status.st_mtime_ns))
     return found
+
+
+@functools.lru_cache(maxsize=8)
+def _section(path: Path, section: str, version: tuple[int, ...]) -> dict[str, str]:
+    """Returns a section of a file. ``version``: another one if the file was written since; it is read once in each, since
+    most requests ask."""
+    parser = configparser.RawConfigParser()
+    try:
+        parser.read(path)
+        return dict(parser.items(section)) if parser.has_section(section) else {}
+    except (OSError, configparser.Error, UnicodeDecodeError):
+        return {}
 
 
 def endpoint() -> str:

@@ -85,6 +85,7 @@ class RangedInput(Input):
         self.location, self.size = location, status.size
         self.identity = (store.scheme, *status.place, status.size, status.version)
         self._store, self._status, self._ahead = store, status, ahead
+        self._ask = store.fetcher(location, status)
         self._pages: _Pages = recalled(("pages", self.identity), _Pages)
 
     def fetch(self, start: int, stop: int, buffers: Buffers | None = None) -> memoryview:
@@ -97,11 +98,11 @@ class RangedInput(Input):
 
     def _once(self, start: int, stop: int, sums: Sequence[int] | None = None, buffers: Buffers | None = None) -> memoryview:
         """Asks once. ``sums``: the checksums of the file's cells, if they are known."""
-        data = memoryview(self._store.fetched(self.location, self._status, start, stop, buffers)).cast("B")
+        data = memoryview(self._ask(start, stop, buffers)).cast("B")
         if len(data) != stop - start:
             raise Passing(f"{len(data)} bytes came instead of {stop - start}")
         if self._ahead is None and self._store.unsafe():
-            again = memoryview(self._store.fetched(self.location, self._status, start, stop)).cast("B")
+            again = memoryview(self._ask(start, stop, None)).cast("B")
             if again != data:
                 raise Passing("other bytes came the second time")
         if sums is not None and start % CELL_BYTES == 0 and (stop % CELL_BYTES == 0 or stop == self.size):
@@ -131,6 +132,11 @@ class RangedInput(Input):
     def announce(self, offset: int, nbytes: int) -> None:
         if self._ahead is not None:
             self._ahead.announce(self, offset, nbytes)
+
+    def alone(self, offset: int, nbytes: int) -> memoryview:
+        if offset + nbytes > self.size:
+            raise self.ended(offset, nbytes)
+        return self.fetch(offset, offset + nbytes) if nbytes else memoryview(b"")
 
     def held(self, offset: int, nbytes: int) -> memoryview | None:
         if self._ahead is None or offset + nbytes > self.size or not nbytes:
@@ -236,6 +242,11 @@ class RemoteStore(Store):
         Raises ChangedError if the file has another version now, :class:`Passing` for a failure that may pass, StoreError
         for others.
         """
+
+    def fetcher(self, location: Location, status: Status) -> Callable[[int, int, Buffers | None], Any]:
+        """Returns :meth:`fetched` for one version of a file. Asked once for each file that is opened: what settings say is
+        not looked up for each request."""
+        return functools.partial(self.fetched, location, status)
 
     # -------------------------------------------------------------------------------------------------------------- inputs
 

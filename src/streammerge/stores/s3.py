@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from streammerge.stores import direct, multipart
@@ -94,15 +94,22 @@ class S3(ObjectStore):
                 self._digested[file.identity] = file.read_through(tag)
             return self._digested[file.identity]
 
-    def fetched(self, location: Location, status: Status, start: int, stop: int, buffers: Buffers | None = None) -> Any:
-        tag = str(status.version)
-        if buffers is None or not tag.startswith('"') or not direct.possible():
-            return super().fetched(location, status, start, stop)
+    def fetcher(self, location: Location, status: Status) -> Callable[[int, int, Buffers | None], Any]:
+        by_client, tag = super().fetcher(location, status), str(status.version)
+        if not tag.startswith('"') or not direct.possible():
+            return by_client
         root, _, name = location.key.partition("/")
-        buffer = buffers.take(stop - start)
-        if direct.read_range(self.requests(root), name, start, buffer, tag, READ_SECONDS) != (status.size, tag):
-            raise changed_meanwhile(location)
-        return buffer
+        requests = self.requests(root)
+
+        def fetch(start: int, stop: int, buffers: Buffers | None) -> Any:
+            if buffers is None:
+                return by_client(start, stop, None)
+            buffer = buffers.take(stop - start)
+            if direct.read_range(requests, name, start, buffer, tag, READ_SECONDS) != (status.size, tag):
+                raise changed_meanwhile(location)
+            return buffer
+
+        return fetch
 
     def requests(self, root: str) -> Requests:
         """Returns the requests that the client lacks, for a bucket."""

@@ -40,6 +40,9 @@ class Credentials:
     token: str = ""
     until: float | None = None
 
+    def ends_soon(self) -> bool:
+        return self.until is not None and self.until <= _now().timestamp() + _SPARE_SECONDS
+
 
 def signed(
     method: str,
@@ -97,7 +100,7 @@ def credentials() -> Credentials | None:
     with _lock:
         if settings in _kept:
             known = _kept[settings]
-            if known is None or known.until is None or known.until > _now().timestamp() + _SPARE_SECONDS:
+            if known is None or not known.ends_soon():
                 return known
         found = _kept[settings] = _found()
         return found
