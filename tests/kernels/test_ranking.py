@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -89,7 +88,7 @@ def test_ranks_of_magnitudes_select_from_a_table(shape: tuple[int, ...], dtype: 
     "kind", ["differences", "some with more bits", "many with more bits", "equal but for a bit", "infinite"]
 )
 def test_ranks_of_numbers_with_few_bits_and_with_many(n: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Numbers whose lower bits are in the way of the place are ranked by longer keys, in their rows or everywhere."""
+    """A few numbers whose lower bits are in the way of the place are put in order by themselves."""
     rows = 9
     make = torch.Generator().manual_seed(n)
     values = torch.randint(-40, 40, (rows, n, 1), generator=make).float() / 64
@@ -103,21 +102,17 @@ def test_ranks_of_numbers_with_few_bits_and_with_many(n: int, kind: str, monkeyp
         values[5, 0], values[5, n - 1] = (first + 1).view(torch.float32), first.view(torch.float32)
     elif kind == "infinite":
         values[1, n // 2], values[2, 0], values[2, n - 1] = math.inf, -math.inf, math.inf
-    short = list[Sequence[int] | None]()
+    short = list[bool]()
     plain = ranking._sorted_short
 
-    def seen(*arguments: Any) -> Sequence[int] | None:
+    def seen(*arguments: Any) -> bool:
         short.append(plain(*arguments))
         return short[-1]
 
     monkeypatch.setattr(ranking, "_sorted_short", seen)
     check_ranks(values, rows)
-    if kind in ("differences", "infinite"):
-        assert not any(again is None or again for again in short)
-    elif kind == "many with more bits" and n > 200:
-        assert short == [None] * len(short)
-    elif kind == "equal but for a bit" and 3 < n < 1500:
-        assert short == [[3, 5]]
+    if n >= 100:
+        assert set(short) == {kind != "many with more bits"}
     check_ranks(torch.cat([values, values.flip(0)], 2), rows)
 
 

@@ -41,8 +41,8 @@ _SORTED_ELEMS = 1 << 15
 """Numbers that are sorted at once, in whole rows: as many as stay in a CPU's own cache with their keys and places."""
 _LARGEST, _ANY_NAN = 0x7FFFFFFF, 0x7F800001
 """Bits of float32: the largest of a number without a sign, and those of the first NaN."""
-_MANTISSA = 23
-"""Bits of float32 below the exponent."""
+_FEW_OF = 16
+"""Of so many numbers one may have bits that a short key lacks."""
 _LOW = int(sys.byteorder == "big")
 """Which half of a 64-bit integer is the lower one."""
 
@@ -318,15 +318,11 @@ def by_rank(
     rising = table.flip(0).expand(1, rest, n)
     for start, stop in ranges(rows, max(_SORTED_ELEMS // max(n * rest, 1), 1)):
         block = bits[start:stop].swapaxes(1, 2)
-        again = _sorted_short(block, made, spare)
-        if again is None:
+        if _sorted_short(block, made, spare):
+            _scatter(out[start:stop], rising, keys)
+        else:
             _sorted_long(block, made, spare)
             _scatter(out[start:stop], falling, keys)
-            continue
-        _scatter(out[start:stop], rising, keys)
-        for row in again:
-            _sorted_long(block[row : row + 1], made, spare)
-            _scatter(out[start + row : start + row + 1], falling, keys)
     return out
 
 
@@ -336,37 +332,38 @@ def _scatter(out: torch.Tensor, ranked: torch.Tensor, places: torch.Tensor) -> N
     target.scatter_(2, places[: out.numel()].view(target.shape), ranked.expand_as(target))
 
 
-def _sorted_short(bits: _Bits, places: _Bits, spare: _Bits) -> Sequence[int] | None:
-    """Fills ``places`` with the places of all numbers of the rows, the smallest magnitude first, by keys of 32 bits.
-
-    Returns the rows that must be sorted by long keys, None if all must be. Short keys are sorted in half the time or less.
-    """
+def _sorted_short(bits: _Bits, places: _Bits, spare: _Bits) -> bool:
+    """Fills ``places`` with the places of all numbers of the rows, the smallest magnitude first, by keys of 32 bits, which
+    are sorted in half the time of long ones or less. Returns whether that is possible."""
     import numpy as np
 
-    # A key is the upper bits of a magnitude, a bit that says whether any other bit of it is set, and its place from the
-    # end. In differences of 16-bit numbers other bits are seldom set. So keys of two such numbers seldom differ by nothing
-    # but the place.
-    count, (_, rest, n) = bits.size, bits.shape
+    # A key is the upper bits of a magnitude, a bit that says whether any lower bit is set, and the place from the end. In
+    # differences of 16-bit numbers lower bits are seldom set. Those few numbers are then put in order among themselves.
+    count, n = bits.size, bits.shape[-1]
     width = (n - 1).bit_length()
     low = 1 << width
     if not 1 < n <= GRAIN:
-        return None
+        return False
     made, lower = (spare[a : a + count].reshape(bits.shape) for a in (0, count))
     np.bitwise_and(bits, np.int32(2 * low - 1), out=lower)
-    inexact = np.flatnonzero(np.not_equal(lower, np.int32(0)))
-    if (len(inexact) * n / count) ** 2 > 1 << (_MANTISSA - 1 - width):  # too many rows would have two equal keys
-        return None
+    few = np.flatnonzero(np.not_equal(lower, np.int32(0)))
+    if len(few) > count // _FEW_OF:
+        return False
     np.bitwise_and(bits, np.int32(_LARGEST & -2 * low), out=made)
-    upper = made.reshape(-1)[inexact]
-    made.reshape(-1)[inexact] = upper | np.int32(low)
+    made.reshape(-1)[few] |= np.int32(low)
     np.bitwise_or(made, _places(n)[::-1], out=made)
     made.sort(axis=-1)
     if (made[..., -1] >= (_ANY_NAN - 1 | low)).any():
-        return None
+        return False
+    if len(few):
+        there = np.flatnonzero(np.not_equal(np.bitwise_and(made, np.int32(low), out=lower), np.int32(0)))
+        row, place = np.divmod(few, n)
+        magnitude = np.bitwise_and(bits.reshape(-1)[few], np.int32(_LARGEST)).astype(np.int64)
+        among = np.sort(row << 31 + width | magnitude << width | n - 1 - place)
+        made.reshape(-1)[there] = among & low - 1
     np.bitwise_and(made, np.int32(low - 1), out=made)
     np.subtract(np.int32(n - 1), made, out=places[:count].reshape(bits.shape))
-    met = np.sort(inexact // n << 32 | upper)  # for each of these numbers, where it lies and the upper bits
-    return [*dict.fromkeys((met[1:][met[1:] == met[:-1]] // (rest << 32)).tolist())]
+    return True
 
 
 def _sorted_long(bits: _Bits, places: _Bits, spare: _Bits) -> None:
