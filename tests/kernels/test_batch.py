@@ -42,6 +42,10 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("model_stock", {}),
     ("model_stock", {"filter_wise": True}),
     ("arcee_fusion", {}),
+    ("ramplus_tl", {}),
+    ("ramplus_tl", {"r": 0.5, "alpha": 3.0, "epsilon": 0.07}),
+    ("perpendicular_component", {}),
+    ("add_perpendicular", {"alpha": 0.4}),
 ]
 """Methods with parameters. ``base``: whether a method has one that can do without."""
 SHAPES = [(700,)] * 3 + [(20, 30)] * 3 + [(4, 6, 5)] * 2 + [(1,)] * 2 + [()] * 2 + [(40_000,)] * 2 + [(0,)] + [(700,)]
@@ -103,14 +107,23 @@ def test_a_batch_changes_no_byte(
 
 
 @pytest.mark.parametrize("models", [1, 2])
-@pytest.mark.parametrize("method", ["ties", "dare_linear", "della", "sce", "multislerp", "karcher"])
+@pytest.mark.parametrize("method", ["ties", "dare_linear", "della", "sce", "multislerp", "karcher", "ramplus_tl"])
 def test_any_number_of_models(method: str, models: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, *paths = written(tmp_path, torch.bfloat16, models)
-    parameters = {"sce": {"select_topk": 0.5}, "multislerp": {}, "karcher": {}}.get(method, {"density": 0.4})
+    parameters = {"select_topk": 0.5} if method == "sce" else {"density": 0.4}
+    parameters = {name: value for name, value in parameters.items() if name in list_methods()[method].parameters}
     made = []
     for name in ("together", "alone"):
         out = tmp_path / f"{name}.safetensors"
-        sm.merge(paths, out, base=base, method=method, parameters=parameters, workers=1, executor="threads")
+        sm.merge(
+            paths,
+            out,
+            base=base,
+            method=method,
+            parameters=parameters,
+            workers=1,
+            executor="threads",
+        )
         made.append(out.read_bytes())
         monkeypatch.setattr(worker, "MOST_ELEMS", 0)
     assert made[0] == made[1]

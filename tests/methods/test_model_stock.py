@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import pytest
 import torch
 
 from methods.suite import Case, MethodSuite
+from streammerge.methods.model_stock import _of_numbers, _ratio
 
 Tensor = torch.Tensor
 
@@ -33,3 +35,14 @@ class TestModelStock(MethodSuite):
         Case("model_stock", 3),
         Case("model_stock", 2, {"filter_wise": True}),
     ]
+
+
+@pytest.mark.parametrize("models", [2, 3, 9])
+def test_one_tensor_has_the_ratio_that_many_rows_have(models: int) -> None:
+    """To the last bit, also for opposite models and for NaN."""
+    make = torch.Generator().manual_seed(1)
+    for _ in range(200):
+        deltas = torch.randn(models, 3, generator=make, dtype=torch.float64)
+        for own in (deltas, deltas[:1] * torch.tensor([[1.0]] + [[-1.0]] * (models - 1)), deltas * 0, deltas * torch.nan):
+            gram = own.double() @ own.double().T
+            assert repr(_of_numbers(gram.tolist(), models)) == repr(_ratio(gram.unbind(), models).item())

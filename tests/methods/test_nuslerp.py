@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from methods.suite import W2, Case, MethodSuite
+from streammerge.methods.nuslerp import _coefficients, _of_numbers
 
 Tensor = torch.Tensor
 
@@ -46,3 +47,15 @@ class TestNuslerp(MethodSuite):
         Case("nuslerp", 2, W2 | {"nuslerp_flatten": False}, tolerance=1e-7),
         Case("nuslerp", 2, W2 | {"nuslerp_flatten": False, "nuslerp_row_wise": True}, base=True, tolerance=1e-7),
     ]
+
+
+def test_one_tensor_has_the_coefficients_that_many_rows_have() -> None:
+    """To the last bit, also where the line takes the place of the arc, and for NaN."""
+    make = torch.Generator().manual_seed(1)
+    for _ in range(500):
+        a, b = torch.randn(2, 3, generator=make, dtype=torch.float64)
+        t = float(torch.rand((), generator=make))
+        for v, w in ((a, b), (a, a), (a, -a), (a, a * 0), (a * 1e200, b), (a * torch.nan, b)):
+            products = torch.stack([v @ v, v @ w, w @ w])
+            told = [each.item() for each in _coefficients(products, t)]
+            assert repr(_of_numbers(*products.tolist(), t)) == repr(tuple(told))

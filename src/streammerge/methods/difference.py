@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from streammerge.kernels.chunk import Chunk, Kernel
 from streammerge.kernels.group import TensorGroup
-from streammerge.methods.contracts import merge_method
-from streammerge.methods.linear import combination
+from streammerge.methods.contracts import Values, merge_method
+from streammerge.methods.inner_products import Products, solved
+from streammerge.methods.linear import Combination, combination
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +50,14 @@ def train_difference(group: TensorGroup, *, alpha: float = 1.0) -> Kernel:
     return kernel
 
 
-@merge_method("perpendicular_component", models=(2, 2), base="unused", buffers=4, compute="float64")
+def _perpendicular(products: Products, name: str, based: bool, values: Values) -> Combination:
+    (aa, _), (ab, _) = products
+    return combination([-ab / aa, 1.0] if aa != 0 else [0.0, 0.0])
+
+
+@merge_method(
+    "perpendicular_component", models=(2, 2), base="unused", buffers=4, batch=solved(_perpendicular), compute="float64"
+)
 def perpendicular_component(group: TensorGroup) -> Kernel:
     r"""Returns the part of the second model that is perpendicular to the first.
 
@@ -58,11 +66,26 @@ def perpendicular_component(group: TensorGroup) -> Kernel:
     Each tensor is one vector. As sd-mecha's ``perpendicular_component``. Edge case: zeros where the first model's
     tensor is zero, as in sd-mecha.
     """
-    (aa, _), (ab, _) = group.gram().tolist()
-    return combination([-ab / aa, 1.0] if aa != 0 else [0.0, 0.0])
+    return _perpendicular(group.gram().tolist(), group.name, group.based, {})
 
 
-@merge_method("add_perpendicular", models=(2, 2), base="required", buffers=5, compute="float64")
+def _with_perpendicular(products: Products, name: str, based: bool, values: Values) -> Combination:
+    alpha = values["alpha"]
+    (aa, _), (ab, _) = products
+    if aa == 0:
+        return combination([1.0, 0.0])
+    share = ab / aa
+    return combination([1 - alpha * share, alpha], of_base=alpha * (share - 1))
+
+
+@merge_method(
+    "add_perpendicular",
+    models=(2, 2),
+    base="required",
+    buffers=5,
+    batch=solved(_with_perpendicular, deltas=True),
+    compute="float64",
+)
 def add_perpendicular(group: TensorGroup, *, alpha: float = 1.0) -> Kernel:
     r"""Adds to the first model the part of the second's change perpendicular to its own.
 
@@ -73,8 +96,4 @@ def add_perpendicular(group: TensorGroup, *, alpha: float = 1.0) -> Kernel:
     As sd-mecha's ``add_perpendicular``. Each tensor is one vector. Edge case: where the first model equals the base,
     nothing is added, as in sd-mecha.
     """
-    (aa, _), (ab, _) = group.gram(deltas=True).tolist()
-    if aa == 0:
-        return combination([1.0, 0.0])
-    share = ab / aa
-    return combination([1 - alpha * share, alpha], of_base=alpha * (share - 1))
+    return _with_perpendicular(group.gram(deltas=True).tolist(), group.name, group.based, {"alpha": alpha})

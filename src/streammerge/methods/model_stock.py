@@ -76,12 +76,13 @@ def model_stock(group: TensorGroup, *, filter_wise: bool = False) -> Kernel:
 
 def _of_numbers(products: Products, n: int) -> float:
     """Returns the same number as :func:`_ratio`, faster: an operation of torch on one number takes longer than one of
-    Python. The mean is torch's."""
+    Python. Roots and the mean are torch's, whose last bits are its own."""
     import torch
 
+    gram = torch.tensor(products, dtype=torch.float64)
     if not all(math.isfinite(each) for row in products for each in row):
-        return _ratio(torch.tensor(products, dtype=torch.float64).unbind(), n).item()
-    norms = [math.sqrt(products[i][i]) for i in range(n)]
+        return _ratio(gram.unbind(), n).item()
+    norms = [gram[i, i].sqrt().item() for i in range(n)]
     cosines = [products[j][i] / max(norms[i] * norms[j], 1e-6) for i, j in combinations(range(n), 2)]
     cosines = [max(-1.0, min(cos, 1.0)) for cos in cosines]
     c = torch.tensor(cosines, dtype=torch.float64).mean(0).item() if n > 2 else cosines[0]

@@ -94,13 +94,14 @@ def nuslerp(
 
 def _of_numbers(of_0: float, of_both: float, of_1: float, t: float) -> tuple[float, float]:
     """Returns the same numbers as :func:`_coefficients`, faster: an operation of torch on one number takes longer than one
-    of Python. The functions of angles are torch's."""
+    of Python. Roots and functions of angles are torch's, whose last bits are its own."""
     import torch
 
     if not (math.isfinite(of_0) and math.isfinite(of_both) and math.isfinite(of_1)):
         p, q = _coefficients(torch.tensor([of_0, of_both, of_1], dtype=torch.float64), t)
         return p.item(), q.item()
-    cos = of_both / (max(math.sqrt(of_0), 1e-7) * max(math.sqrt(of_1), 1e-7))
+    squared = torch.tensor([of_0, of_1], dtype=torch.float64)
+    cos = of_both / (max(squared[0].sqrt().item(), 1e-7) * max(squared[1].sqrt().item(), 1e-7))
     cos = max(-1.0, min(cos, 1.0))
     if 1 - cos * cos <= 1e-16:
         return 1 - t, t

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from streammerge.errors import RecipeError
@@ -12,6 +12,12 @@ from streammerge.methods.contracts import Values, merge_method
 
 if TYPE_CHECKING:
     import torch
+
+    from streammerge.kernels.batch import Batch
+
+
+Enlarge = Callable[["torch.Tensor", int, "torch.Tensor"], None]
+"""(1 where a change is unique, model, out) -> what is added to such changes of the model, as a part of each."""
 
 
 def _check_epsilon(values: Values) -> None:
@@ -28,10 +34,27 @@ def ram(group: TensorGroup, *, epsilon: float = 1e-5) -> Kernel:
     *Reinforced agent merging*, 2026 (arXiv:2601.13572). Any shape, any number of models. Edge cases: the result is the
     base without models, and where no model moved by more than ``epsilon``.
     """
-    return _merge(group, epsilon, [1.0] * group.models)
+    return lambda chunk: _merged(chunk, group.models, epsilon)
 
 
-@merge_method("ramplus_tl", models=(0, None), base="required", buffers=6, check=_check_epsilon)
+def _in_batch(batch: Batch, values: Values) -> torch.Tensor | None:
+    """Returns the result of :func:`ramplus_tl` for all tensors of a batch."""
+    import torch
+
+    chunk, models, epsilon = batch.chunk, batch.models, values["epsilon"]
+    if not models:
+        return None
+    totals = [batch.sums(flags) for flags in _counts(chunk, models, epsilon)]
+    factors = [_factors(of_tensor, values["r"], values["alpha"], epsilon) for of_tensor in zip(*totals, strict=True)]
+
+    def enlarge(unique: torch.Tensor, model: int, out: torch.Tensor) -> None:
+        more = batch.column([of_models[model] - 1 for of_models in factors])
+        torch.mul(batch.rows(unique), more, out=batch.rows(out))
+
+    return _merged(chunk, models, epsilon, enlarge)
+
+
+@merge_method("ramplus_tl", models=(0, None), base="required", buffers=6, batch=_in_batch, check=_check_epsilon)
 def ramplus_tl(group: TensorGroup, *, r: float = 0.1, alpha: float = 0.2, epsilon: float = 1e-5) -> Kernel:
     r"""RAM that enlarges a model's unique changes, more if more of its changes are shared.
 
@@ -44,48 +67,55 @@ def ramplus_tl(group: TensorGroup, *, r: float = 0.1, alpha: float = 0.2, epsilo
     float32 output.
     """
 
-    def counts(chunk: Chunk) -> Iterator[torch.Tensor]:
+    totals = list(map(float, group.reduce(lambda chunk: _counts(chunk, group.models, epsilon)))) if group.models else []
+    factors = _factors(totals, r, alpha, epsilon)
+
+    def enlarge(unique: torch.Tensor, model: int, out: torch.Tensor) -> None:
         import torch
 
-        count = _count(chunk, group, epsilon)
-        one = torch.eq(count, 1, out=chunk.empty("one"))
-        for model in range(group.models):
-            active = _active(chunk.delta(model), epsilon, chunk.empty("active"))
-            yield active
-            yield active.mul_(one)
+        torch.mul(unique, factors[model] - 1, out=out)
 
-    totals = list(map(float, group.reduce(counts))) if group.models else []
-    factors = []
-    for active, unique in zip(totals[::2], totals[1::2], strict=True):
-        rho = (active - unique) / max(unique, epsilon)
-        factors.append(1 + r * min(max(rho, 0.0), alpha))
-    return _merge(group, epsilon, factors)
+    return lambda chunk: _merged(chunk, group.models, epsilon, enlarge)
 
 
-def _merge(group: TensorGroup, epsilon: float, factors: Sequence[float]) -> Kernel:
-    """Returns the kernel; ``factors`` multiply each model's unique changes."""
+def _counts(chunk: Chunk, models: int, epsilon: float) -> Iterator[torch.Tensor]:
+    """Yields for each model 1 where it changed an element, then 1 where no other model did."""
+    import torch
 
-    def kernel(chunk: Chunk) -> torch.Tensor:
-        import torch
-
-        count, share = _count(chunk, group, epsilon), chunk.empty("share")
-        one, mixed = torch.eq(count, 1, out=chunk.empty("one")), chunk.zeros("mixed")
-        inverse = count.clamp_(min=1).reciprocal_()
-        for model, factor in enumerate(factors):
-            delta = chunk.delta(model)
-            delta.mul_(_active(delta, epsilon, chunk.empty("active")))
-            if factor != 1:  # the inverse is 1 where the change is unique, and gets the factor there
-                delta.mul_(torch.mul(one, factor - 1, out=share).add_(1))
-            mixed.add_(delta.mul_(inverse))
-        return mixed.add_(chunk.base)
-
-    return kernel
+    one = torch.eq(_count(chunk, models, epsilon), 1, out=chunk.empty("one"))
+    for model in range(models):
+        active = _active(chunk.delta(model), epsilon, chunk.empty("active"))
+        yield active
+        yield active.mul_(one)
 
 
-def _count(chunk: Chunk, group: TensorGroup, epsilon: float) -> torch.Tensor:
+def _factors(totals: Sequence[float], r: float, alpha: float, epsilon: float) -> list[float]:
+    """Returns what each model's unique changes are multiplied by, from the sums of :func:`_counts`."""
+    shared = [(active - unique) / max(unique, epsilon) for active, unique in zip(totals[::2], totals[1::2], strict=True)]
+    return [1 + r * min(max(rho, 0.0), alpha) for rho in shared]
+
+
+def _merged(chunk: Chunk, models: int, epsilon: float, enlarge: Enlarge | None = None) -> torch.Tensor:
+    """Returns the base with the changes."""
+    import torch
+
+    count, share = _count(chunk, models, epsilon), chunk.empty("share")
+    one, mixed = torch.eq(count, 1, out=chunk.empty("one")), chunk.zeros("mixed")
+    inverse = count.clamp_(min=1).reciprocal_()
+    for model in range(models):
+        delta = chunk.delta(model)
+        delta.mul_(_active(delta, epsilon, chunk.empty("active")))
+        if enlarge is not None:  # the inverse is 1 where the change is unique, and gets the factor there
+            enlarge(one, model, share)
+            delta.mul_(share.add_(1))
+        mixed.add_(delta.mul_(inverse))
+    return mixed.add_(chunk.base)
+
+
+def _count(chunk: Chunk, models: int, epsilon: float) -> torch.Tensor:
     """Counts the models that changed each element."""
     count = chunk.zeros("count")
-    for model in range(group.models):
+    for model in range(models):
         count.add_(_active(chunk.delta(model), epsilon, chunk.empty("active")))
     return count
 

@@ -74,10 +74,10 @@ def _multislerp(products: Products, name: str, based: bool, values: Values) -> C
         return combination([1.0])
     total = sum(weight) if values["normalize_weights"] else 1.0
     w, gram = [each / total for each in weight], _tensor(products)
-    norms = [math.sqrt(products[i][i]) for i in range(count)]
+    norms = gram.diagonal().sqrt().tolist()
     mean = [each / (norm + eps) for each, norm in zip(w, norms, strict=True)]
     projected = _tensor(mean) @ gram
-    length = _root((projected @ _tensor(mean)).item())
+    length = (projected @ _tensor(mean)).clamp(min=0).sqrt().item()
     if length < eps:
         if count > 2 and any(norms):
             raise TaskError(
@@ -88,7 +88,7 @@ def _multislerp(products: Products, name: str, based: bool, values: Values) -> C
     centre = [each / length for each in mean]
     along = (projected @ _tensor(centre)).item()
     tangent = _tensor([x - along * y for x, y in zip(mean, centre, strict=True)])
-    tau = _root((tangent @ gram @ tangent).item()) + eps
+    tau = (tangent @ gram @ tangent).clamp(min=0).sqrt().item() + eps
     ahead, aside = math.cos(tau), math.sin(tau) / tau
     scale = (_tensor(w) @ _tensor(norms)).item()
     return _from_base([(x * ahead + y * aside) * scale for x, y in zip(centre, tangent.tolist(), strict=True)], based)
@@ -134,7 +134,8 @@ def _karcher(products: Products, name: str, based: bool, values: Values) -> Comb
     count, max_iter, tol = len(products), values["max_iter"], values["tol"]
     if count == 1:
         return combination([1.0])
-    gram, lengths = _tensor(products), [math.sqrt(products[i][i]) for i in range(count)]
+    gram = _tensor(products)
+    lengths = gram.diagonal().sqrt().tolist()
     if any(map(math.isnan, lengths)):
         return combination([math.nan] * count)
     valid = [i for i in range(count) if lengths[i] > tol]
@@ -146,7 +147,8 @@ def _karcher(products: Products, name: str, based: bool, values: Values) -> Comb
 
     def length(v: list[float]) -> float:
         vector = _tensor(v)
-        return _root((vector @ gram @ vector).item())
+        squared = (vector @ gram @ vector).item()
+        return math.sqrt(squared) if squared >= 0 else squared if math.isnan(squared) else 0.0
 
     mean = units.mean(0).tolist()
     size = length(mean)
@@ -193,19 +195,15 @@ def karcher(group: TensorGroup, *, max_iter: int = 10, tol: float = 1e-5) -> Ker
     return _karcher(products, group.name, group.based, {"max_iter": max_iter, "tol": tol})
 
 
-# Products of vectors and matrices are torch's. All else is plain numbers: there are thousands of tensors, and an operation
-# of torch on three numbers takes longer than three of Python.
+# Products of vectors and matrices are torch's, and so are most roots, whose last bit is not always that of Python's. All
+# else is plain numbers: there are thousands of tensors, and an operation of torch on three numbers takes longer than three
+# of Python.
 
 
 def _tensor(numbers: Sequence[float] | Products) -> torch.Tensor:
     import torch
 
     return torch.tensor(numbers, dtype=torch.float64)
-
-
-def _root(squared: float) -> float:
-    """Returns the square root of a number that is at least zero, but for rounding. NaN stays NaN."""
-    return math.sqrt(squared) if squared >= 0 else squared if math.isnan(squared) else 0.0
 
 
 def _from_base(weights: Sequence[float], based: bool) -> Combination:

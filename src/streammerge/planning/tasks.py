@@ -176,8 +176,7 @@ class Piece(NamedTuple):
         return (self.stop - self.start) * sum([s.spec.dtype.component.element_bytes for s in self.task.sources])
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PieceDone:
+class PieceDone(NamedTuple):
     """The result of elements ``start`` to ``stop`` of the task with this number. Small, plain data that another process can
     send. ``checksum``: of their bytes. ``nonfinite``: the number of NaN and infinite values by source. ``found``: the
     finding of their destination. ``measured``: for each source of the task the norm of its difference to the result, and
@@ -187,7 +186,7 @@ class PieceDone:
     start: int
     stop: int
     checksum: int
-    nonfinite: dict[str, int] = field(default_factory=dict)
+    nonfinite: dict[str, int]
     found: Any = None
     measured: bytes = b""
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
+from typing import NamedTuple
 
 from streammerge.tensors.layers import layer_of
 
@@ -19,8 +20,7 @@ _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _TAIL = re.compile(r"\.(weight|bias)$")
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One tensor of the output. ``distances``: to each input, relative to the input's norm; None if it is not known.
     ``elems``: its number of elements. ``mark``: one of ``MARKS``, "" for a tensor that was merged from all inputs."""
 

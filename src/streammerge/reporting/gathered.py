@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from streammerge.checkpoints.index import open_checkpoint
@@ -19,7 +18,6 @@ from streammerge.recipe.locations import travelling
 from streammerge.reporting.facts import LOST, NOTHING, Facts, Row, Sample
 from streammerge.reporting.statistics import Statistics, rows_of
 from streammerge.running.execution import Result
-from streammerge.running.measuring import distances
 from streammerge.sources.base import Source
 from streammerge.sources.stored import Stored
 from streammerge.stores.base import Location
@@ -36,7 +34,7 @@ _EXACT = "distances are of all elements, measured by reading the inputs and the 
 
 
 def of_merge(result: Result, samples: Sequence[Sample]) -> Facts:
-    """Returns the facts of a merge. It was run with ``measures``."""
+    """Returns the facts of a merge, but for the summary. It was run with ``measures``."""
     plan = result.plan
     columns = _Columns(plan)
     names = columns.names
@@ -55,7 +53,6 @@ def of_merge(result: Result, samples: Sequence[Sample]) -> Facts:
     )
     facts.rows = _rows(result, columns, names)
     facts.accounts = _accounts([each.record() for each in plan.accounts])
-    lost = unused_text(plan.accounts)
     seconds = max(result.seconds, 1e-9)
     facts.made = [
         ("output", printable(result.out)),
@@ -72,8 +69,12 @@ def of_merge(result: Result, samples: Sequence[Sample]) -> Facts:
         ("recipe and inputs", "are in the output's receipt, with a checksum of every tensor"),
         ("again", f"streammerge verify {printable(result.out)}"),
     ]
-    _summarise(facts, lost)
     return facts
+
+
+def summarise_merge(facts: Facts, result: Result) -> None:
+    """Adds the summary of a merge to its facts."""
+    _summarise(facts, unused_text(result.plan.accounts))
 
 
 def of_output(
@@ -151,7 +152,7 @@ def _compare(
             continue
         apart[-1] = {each.name: each.relative for each in diff.tensors if each.comparable}
     facts.rows = [
-        row if row.mark == "i" else replace(row, distances=tuple(each.get(row.name) for each in apart)) for row in plain
+        row if row.mark == "i" else row._replace(distances=tuple(each.get(row.name) for each in apart)) for row in plain
     ]
     facts.measured = _EXACT if any(apart) else ""
     facts.said.append(("note", f"{why}, so {'the inputs were read again' if any(apart) else 'no distance is known'}"))
@@ -283,11 +284,14 @@ class _Kind:
     """What the rows of tensors have in common that are merged in one way. ``task``: one of them."""
 
     def __init__(self, plan: Plan, task: MergeTask, columns: _Columns, names: Sequence[str]) -> None:
-        self._task, self._is_float = task, task.out.dtype.kind == "float"
+        self._task, self._is_float = task, task.out.dtype.kind == "float"  # who keeps a task keeps its id
         places = {name: number for number, name in enumerate(names)}
         self._nothing = (None,) * len(names)
         own = columns.of(task)
         self._places = [places.get(column) for column in own]
+        self._in_order = self._places == list(range(len(names)))
+        self._shape, self._dtype = task.out.shape, task.out.dtype.torch_name
+        self._elems = max(task.out.numel, 1)
         inputs, is_copy = len(plan.recipe.inputs), task.method.name == "copy"
         self._copied = self._at(0, 0.0) if task.verbatim and task.sources and self._is_float else self._nothing
         self._how = "copied" if is_copy else task.method.name
@@ -303,27 +307,29 @@ class _Kind:
         place = self._places[source]
         return tuple([distance if number == place else None for number in range(len(self._nothing))])
 
-    def row(self, name: str, measured: Sequence[bytes] | None, nonfinite: bool) -> Row:
-        distances_ = self._copied
-        if measured:
+    def row(self, name: str, measured: list[float | None], nonfinite: bool) -> Row:
+        distances = self._copied
+        if measured and self._in_order:
+            distances = tuple(measured)
+        elif measured:
             found: list[float | None] = [*self._nothing]
-            for place, distance in zip(self._places, distances(measured), strict=True):
+            for place, distance in zip(self._places, measured, strict=True):
                 if place is not None and found[place] is None:
                     found[place] = distance
-            distances_ = tuple(found)
-        out = self._task.out
+            distances = tuple(found)
         mark = "N" if nonfinite else self._mark
-        return Row(name, out.shape, out.dtype.torch_name, self._how, distances_, max(out.numel, 1), mark)
+        return Row(name, self._shape, self._dtype, self._how, distances, self._elems, mark)
 
 
 def _rows(result: Result, columns: _Columns, names: Sequence[str]) -> list[Row]:
     """Returns a row for each tensor of the output."""
     plan, kinds, rows = result.plan, dict[int, _Kind](), list[Row]()
-    for number, (name, task) in enumerate(named(plan.tasks)):
+    measured = result.measured.distances() if result.measured is not None else [[]] * len(plan.tasks)
+    for number, ((name, task), own) in enumerate(zip(named(plan.tasks), measured, strict=True)):
         kind = kinds.get(id(task))
         if kind is None:
-            kind = kinds[id(task)] = _Kind(plan, task, columns, names)  # which keeps the task, and so its id
-        rows.append(kind.row(name, result.measured.get(number), number in result.nonfinite))
+            kind = kinds[id(task)] = _Kind(plan, task, columns, names)
+        rows.append(kind.row(name, own, number in result.nonfinite))
     return rows
 
 

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from streammerge.errors import StreammergeError, VerifyError, listed, printable
@@ -250,7 +250,7 @@ class Share:
             ):
                 for done in results:
                     found = done.nonfinite | met.pop(done.number, {})
-                    own = replace(done, number=unit.start + done.number, nonfinite=found)
+                    own = done._replace(number=unit.start + done.number, nonfinite=found)
                     self._finished(own.piece(self._tasks), own, keeping)
         finally:
             inputs.close()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from streammerge.errors import StreammergeError, TaskError, printable
@@ -119,7 +118,8 @@ class MergeWorker(Worker):
         if self.job.measures:
             from streammerge.running.measuring import Measuring  # here, because most runs measure nothing
 
-            self._measuring = Measuring(len(batch), max([len(piece.task.sources) for piece in batch]))
+            self._measuring = self._measuring or Measuring()
+            self._measuring.begin_unit(len(batch), max([len(piece.task.sources) for piece in batch]))
         target = self.job.destinations[batch[0].task.file].open(self.bench)
         if self._alone:
             return self._checked(self._all_of(batch, target), target)
@@ -144,7 +144,7 @@ class MergeWorker(Worker):
             made = self._measuring.put_into(made)
         found = target.found()
         if found is not None:
-            made[-1] = replace(made[-1], found=found)
+            made[-1] = made[-1]._replace(found=found)
         return made
 
     def _together(self, stretch: list[Piece], outgoing: Outgoing, row: int) -> list[PieceDone] | None:
