@@ -22,6 +22,7 @@ from streammerge.stores.locations import parse
 from streammerge.stores.objects import ObjectStore
 from streammerge.stores.parts import PART_BYTES
 from streammerge.stores.registry import STORES
+from streammerge.stores.staged import Taken
 
 LINE_NAMES = tuple(name for name in ODD_NAMES if "\n" not in name)
 """Names that the client does not refuse: those without line breaks."""
@@ -89,6 +90,20 @@ class TestInOrder(StoreSuite):
     def test_a_folder_is_no_file(self, home: Location) -> None:
         self.put(home / "a" / "b" / "c", b"1")
         super().test_a_folder_is_no_file(home)
+
+    def test_an_object_is_replaced_if_it_is_the_one_that_is_known(self, home: Location) -> None:
+        """As locks are renewed and taken over."""
+        store = home.store
+        assert isinstance(store, ObjectStore)
+        first = store.put(home / "x", b"1", "")
+        with pytest.raises(Taken):
+            store.put(home / "x", b"2", "")
+        second = store.put(home / "x", b"2", first)
+        assert store.get(home / "x")[1].tag == second != first
+        with pytest.raises(Taken):
+            store.put(home / "x", b"3", first)
+        store.put(home / "x", b"4", store.get(home / "x")[1].tag)
+        assert store.get(home / "x")[0] == b"4"
 
     def test_a_location_pickles(self, home: Location) -> None:
         """Another instance would be another store in memory."""
