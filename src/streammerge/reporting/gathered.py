@@ -8,14 +8,14 @@ from typing import Any
 
 from streammerge.checkpoints.index import open_checkpoint
 from streammerge.diffing.result import Diff
-from streammerge.errors import StreammergeError, printable
+from streammerge.errors import StreammergeError, listed, printable
 from streammerge.planning.conservation import unused_text
 from streammerge.planning.plan import Plan
 from streammerge.planning.receipt import Receipt
 from streammerge.planning.tasks import MergeTask, alike, named, objects
 from streammerge.recipe.document import to_yaml
 from streammerge.recipe.locations import travelling
-from streammerge.reporting.facts import LOST, NOTHING, Facts, Row, Sample
+from streammerge.reporting.facts import LOST, NOT_COMPARED, NOTHING, Facts, Row, Sample
 from streammerge.reporting.statistics import Statistics, rows_of
 from streammerge.running.execution import Result
 from streammerge.sources.base import Source
@@ -24,7 +24,7 @@ from streammerge.stores.base import Location
 from streammerge.tensors.spec import TensorSpec
 from streammerge.units import binary_bytes, counted, decimal_bytes
 
-_MOST_SHOWN = 3
+_MOST_SHOWN, _MOST_MOVED = 3, 5
 _SAMPLED = (
     "distances are estimated while merging, from a sample: all of a tensor up to 256 elements, about 2 sqrt(n) of the n "
     "elements of a longer one, 4,096 of each 4 million; usually within 10 % of the exact ones from a million elements on, "
@@ -92,9 +92,10 @@ def of_output(
     index = open_checkpoint(out)
     names = [each["checkpoint"] for each in receipt.accounts] or list(receipt.inputs)
     names.sort(key=lambda name: name != recipe.get("base_model"))
+    models = len(recipe.get("models", ()))
     facts = Facts(
         f"Merge into {printable(out.name)}",
-        f"{method} of {counted(len(names), 'input')}",
+        f"{method} of {counted(models, 'model') if models else counted(len(names), 'input')}",
         recipe=to_yaml(recipe),
         input_names=names,
     )
@@ -122,8 +123,9 @@ def of_output(
         ("receipt", f"sound, digest {receipt.digest[:16]}…"),
         ("bytes", f"not compared here: streammerge verify {printable(out)}"),
     ]
+    counts = {each["checkpoint"]: each["tensors"] for each in receipt.accounts}
     lost = [
-        f"{count:,} of {checkpoint}: {names} ({why})"
+        f"{count:,} of {counted(counts[checkpoint], 'tensor')} of {printable(checkpoint)}: {names} ({why})"
         for checkpoint, fate, count, names, why in facts.accounts
         if fate == "dropped"
     ]
@@ -166,7 +168,7 @@ def of_diff(diff: Diff) -> Facts:
     """Returns the facts of a comparison: how far B lies from A."""
     facts = Facts(
         f"{printable(posixpath.basename(diff.a.rstrip('/')))} and {printable(posixpath.basename(diff.b.rstrip('/')))}",
-        "equal" if diff.equal else "how far B lies from A",
+        f"{'equal' if diff.equal else 'how far B lies from A'}; A is the first",
         input_names=["A"],
         measured="distances are |B - A| / |A|, of all elements",
         memory_bytes=diff.memory_bytes,
@@ -188,7 +190,11 @@ def of_diff(diff: Diff) -> Facts:
     facts.made += [("base", printable(diff.base))] if diff.base is not None else []
     facts.made += [("distance", _number(diff.relative)), ("cosine", _number(diff.cosine))]
     facts.made += [("read", decimal_bytes(diff.read_bytes))]
-    only = [f"{len(names):,} only in {side}" for side, names in (("A", diff.only_a), ("B", diff.only_b)) if names]
+    only = [
+        f"{len(names):,} only in {side}: {listed(list(map(printable, names)), _MOST_SHOWN)}"
+        for side, names in (("A", diff.only_a), ("B", diff.only_b))
+        if names
+    ]
     facts.accounts = [
         (side, "only here", len(names), ", ".join(map(printable, names[:20])), "the other lacks it")
         for side, names in (("A", diff.only_a), ("B", diff.only_b))
@@ -197,7 +203,7 @@ def of_diff(diff: Diff) -> Facts:
     facts.said = [("warning", text) for text in diff.warnings] + [("note", text) for text in diff.notes]
     if diff.agreement is not None:
         facts.summary.append(("advice", diff.advice))
-    _summarise(facts, "", what="not compared", all_used=", ".join(only) or "both have the same tensors")
+    _summarise(facts, "; ".join(only), what=NOT_COMPARED, all_used=f"{NOTHING}: both have the same tensors")
     return facts
 
 
@@ -205,7 +211,7 @@ def _summarise(facts: Facts, lost: str, what: str = LOST, all_used: str = "") ->
     """Puts what a person wants to know first in front: which layers moved most, and what was not used."""
     first, moved = next(((n, found) for n in range(len(facts.input_names)) if (found := facts.moved(n))), (None, []))
     if first is not None:
-        shown = ", ".join(f"{printable(layer)} ({distance:.2g})" for layer, distance in moved[:5])
+        shown = ", ".join(f"{printable(layer)} ({_percent(distance)})" for layer, distance in moved[:_MOST_MOVED])
         facts.summary.insert(0, (f"moved most, from {printable(facts.input_names[first])}", shown))
     facts.summary.insert(
         1 if first is not None else 0, (what, lost.removeprefix("not used: ") or all_used or _all_used(facts))
@@ -356,6 +362,11 @@ def _input_rows(inputs: Mapping[str, Mapping[str, Any]], accounts: Sequence[Mapp
         digest = next((str(said["header_sha256"])[:12] for said in files.values() if "header_sha256" in said), "")
         rows.append((printable(name), nbytes, f"{used:,} of {account['tensors']:,}", digest))
     return rows
+
+
+def _percent(share: float) -> str:
+    """Returns a relative distance as people say it: 16 %, 310 %, 0.42 %."""
+    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%" if share >= 0.1 else f"{100 * share:.2g}\N{NO-BREAK SPACE}%"
 
 
 def _number(value: float | None) -> str:
