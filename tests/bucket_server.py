@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 import threading
 import urllib.parse
 from collections.abc import Iterator
@@ -31,6 +32,13 @@ class Held(NamedTuple):
         return f'"{hashlib.md5(self.data, usedforsecurity=False).hexdigest()[:12]}{self.generation}"'
 
 
+class _Quiet(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Says nothing of a client that was killed."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 class BucketServer:
     """Objects by ``bucket/key``. ``parts``: those of uploads that are not complete, by upload and then by name.
 
@@ -42,7 +50,7 @@ class BucketServer:
         self.parts: dict[str, dict[str, bytes]] = {}
         self.asked: list[str] = []
         self.lock, self._count = threading.RLock(), 0
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (handler,), {"buckets": self}))
+        self._server = _Quiet(("127.0.0.1", 0), type("Handler", (handler,), {"buckets": self}))
         self.address = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 

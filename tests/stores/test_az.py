@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -47,3 +48,6 @@ class TestAzure(test_objects.TestInOrder):
     def home(self, server: bucket_server.BucketServer) -> Location:  # type: ignore[override]
         pytest.importorskip("obstore")
         return parse("az://container/home")
+
+    def test_machines_share_a_plan(self, home: Location, tmp_path: Path) -> None:
+        test_objects.make_by_two_machines(home, tmp_path / "plan")

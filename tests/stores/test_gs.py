@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -44,3 +45,6 @@ class TestGoogle(test_objects.TestInOrder):
     def home(self, server: BucketServer) -> Location:  # type: ignore[override]
         pytest.importorskip("obstore")
         return parse("gs://bucket/home")
+
+    def test_machines_share_a_plan(self, home: Location, tmp_path: Path) -> None:
+        test_objects.make_by_two_machines(home, tmp_path / "plan")

@@ -45,6 +45,24 @@ def upload(path: Path, location: Location) -> Location:
     return put(location, path.read_bytes())
 
 
+def make_by_two_machines(home: Location, plan: Path) -> None:
+    """Makes a folder of three files by two shares of a saved plan, and verifies it."""
+    for seed in (1, 2):
+        made = {name: tensor for name, tensor in trained(seed).items() if tensor.is_floating_point()}
+        put(home / f"{seed}.safetensors", save(made))
+    size = max(tensor.nbytes for tensor in made.values())
+    sm.plan([home / "1.safetensors", home / "2.safetensors"], f"{home}/out/", max_shard_size=f"{size}B", save=plan)
+    with pytest.raises(sm.UnfinishedError):
+        sm.finish(plan)
+    shares = [sm.worker(plan, share=f"{number}/2").made for number in (1, 2)]
+    assert min(shares) >= 1
+    assert not (home / "out").exists()
+    sm.finish(plan)
+    assert sum(shares) == len([each for each in (home / "out").children() if each.name.startswith("model-")])
+    assert sm.verify(home / "out", sample="100%", inputs=home).recomputed
+    assert [each.name for each in home.children()] == ["1.safetensors", "2.safetensors", "out"]
+
+
 class Held(ObjectStore):
     """The client's own store in memory, whose uploads are made in order, as those of gs:// and az:// are."""
 

@@ -54,14 +54,14 @@ class NodeWork:
         self._read_bytes = self._written_bytes = self._memory_bytes = 0
         self._tensor = ""
 
-    def work(self) -> tuple[int, int, int, int] | bytes:
-        """Makes units until all are made. Returns the bytes read and written, and the memory: the most above start-up, and
-        at start-up. Returns the pickle of an error."""
+    def work(self) -> tuple[int, int, int, int, int] | bytes:
+        """Makes units until all are made. Returns the bytes read and written as events tell them, the memory (the most
+        above start-up, and at start-up), and the bytes that were asked of stores. Returns the pickle of an error."""
         try:
             made = work(parse(self._place), Sharing(claim=True), Machine(**self._machine), self._listen, resident_bytes())
         except BaseException as error:  # noqa: BLE001 - carried to the process that asked, whatever it is
             return pickled_error(error)
-        return made.read_bytes, made.written_bytes, made.peak_bytes, made.startup_bytes
+        return self._read_bytes, made.written_bytes, made.peak_bytes, made.startup_bytes, made.read_bytes
 
     def _listen(self, event: Event) -> None:
         if isinstance(event, TaskDone):
@@ -297,11 +297,12 @@ class _Nodes:
             self.read_bytes += read_now - read_bytes
             self._listener(TaskDone(tensor, read_now - read_bytes, written_now - written_bytes, memory_bytes))
 
-    def _end(self, node: _Node, answer: tuple[int, int, int, int] | bytes) -> None:
+    def _end(self, node: _Node, answer: tuple[int, int, int, int, int] | bytes) -> None:
         node.working = None
         if isinstance(answer, tuple):
-            read_bytes, written_bytes, peak_bytes, startup_bytes = answer
+            read_bytes, written_bytes, peak_bytes, startup_bytes, asked_bytes = answer
             self._count(node, (node.told[0], read_bytes, written_bytes, startup_bytes + peak_bytes))
+            self.read_bytes += asked_bytes - read_bytes
             self.peak_bytes = max(self.peak_bytes, peak_bytes)
             self.startup_bytes = max(self.startup_bytes, startup_bytes)
             return

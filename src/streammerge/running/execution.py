@@ -26,9 +26,10 @@ from streammerge.units import binary_bytes, counted, decimal_bytes
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Result:
-    """The report of a run. Memory is resident bytes as the kernel counts them, worker processes included. ``peak_bytes``:
-    the most memory above ``startup_bytes``. ``measured``: of each task, if it was asked for. ``nonfinite``: the count of
-    NaN and infinity in each task that has any. ``receipt_digest``: of the output's receipt, "" if this is not known."""
+    """The report of a run. ``read_bytes``: what was asked of stores for tensors, in all passes and by all workers. Memory
+    is resident bytes as the kernel counts them, worker processes included. ``peak_bytes``: the most memory above
+    ``startup_bytes``. ``measured``: of each task, if it was asked for. ``nonfinite``: the count of NaN and infinity in each
+    task that has any. ``receipt_digest``: of the output's receipt, "" if this is not known."""
 
     out: Location
     read_bytes: int

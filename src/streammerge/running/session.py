@@ -321,7 +321,7 @@ class Run:
         missing = [task for number, task in tasks if any(map(self._wanted, pieces(task, number)))]
 
         def told(tensor: str, record: PackedRecord) -> None:
-            self.read_bytes += record.nbytes
+            self.read_bytes += record.compressed_bytes
             self.listener(Spooled(tensor, record.nbytes))
 
         def create(size: int) -> Output:
@@ -339,7 +339,7 @@ class Run:
         for number, done in turning.make(self._executor, self._inputs):
             task = self._tasks[number]
             self._turned_nonfinite[number], self._turned_measured[number] = done.nonfinite, done.measured
-            self.read_bytes += task.read_bytes
+            self.read_bytes += done.read_bytes
             self.listener(Spooled(task.out.name, task.read_bytes))
         self._tasks = turning.tasks
 
@@ -381,7 +381,7 @@ class Run:
             for done in results:
                 piece = done.piece(self._tasks)
                 finished = self.take(piece, done)
-                self.read_bytes += piece.read_bytes
+                self.read_bytes += done.read_bytes
                 self.listener(TaskDone(piece.task.out.name, piece.read_bytes, finished.nbytes, held.now()))
         self._inputs.halted_by(lambda: None)  # the workers have ended, and side files are still to be read
 
