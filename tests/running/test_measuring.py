@@ -17,6 +17,7 @@ import streammerge as sm
 from streammerge.planning.plan import Plan
 from streammerge.planning.tasks import pieces
 from streammerge.requests.merging import Request
+from streammerge.running import measuring
 from streammerge.running.execution import Result, execute
 from streammerge.running.finished import MeasuredTasks
 from streammerge.running.measuring import WINDOW, places, sample_size, squares
@@ -68,6 +69,16 @@ def test_distances_are_those_of_the_sample_however_it_is_made(tmp_path: Path, wa
     result = measured(paths, tmp_path / "out.safetensors", **how, **ways)
     every = [how["base"], *paths] if method == "ties" else paths
     check(result, list(map(load_file, every)), load_file(tmp_path / "out.safetensors"))
+
+
+@pytest.mark.parametrize("room", [1, 7, 100, 1000])
+def test_a_sample_may_be_longer_than_what_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    monkeypatch.setattr(measuring, "_MOST_HELD", room)
+    shapes = {name: shape for name, shape in SHAPES.items() if room > 7 or math.prod(shape) < 300}
+    monkeypatch.setitem(globals(), "SHAPES", shapes)
+    paths = inputs(tmp_path, (torch.bfloat16,) * 2)
+    result = measured(paths, tmp_path / "out.safetensors", weights=[0.3, 0.7], workers=1)
+    check(result, list(map(load_file, paths)), load_file(tmp_path / "out.safetensors"))
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float16, torch.float32), (torch.float64, torch.bfloat16), (torch.float32,) * 2])
