@@ -32,6 +32,11 @@ def choose_instructions() -> None:
         warnings.filterwarnings("ignore", "During parsing environment variable", ImportWarning)
 
 
+def environment_of_others() -> dict[str, str]:
+    """Returns the environment for a program of the user, whose numpy keeps its instructions."""
+    return {name: value for name, value in os.environ.items() if (name, value) != (_VARIABLE, _AVX_512)}
+
+
 def stores_slowly(processors: bytes) -> bool:
     """Whether the first processor is a Zen 4, by the text that Linux has about it: of AMD's family 25 (19h), only Zen 4 has
     AVX-512."""
