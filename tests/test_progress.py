@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,3 +137,39 @@ def test_the_bar_fits_the_terminal(
         drawn = capsys.readouterr().err.split("\r")[-1]
         assert re.fullmatch(shown, drawn.rstrip()), drawn
         assert len(drawn) <= columns
+
+
+def test_a_notebook_has_one_output_that_is_updated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the kernel: what it would be asked to show."""
+    shown: list[dict[str, str]] = []
+
+    class Handle:
+        def update(self, data: dict[str, str], raw: bool) -> None:
+            assert raw
+            shown.append(data)
+
+    def display(data: dict[str, str], raw: bool, display_id: bool) -> Handle:
+        assert raw
+        assert display_id
+        assert not shown
+        shown.append(data)
+        return Handle()
+
+    shell = SimpleNamespace(kernel=object())
+    notebook = SimpleNamespace(get_ipython=lambda: shell, display=SimpleNamespace(display=display))
+    monkeypatch.setitem(sys.modules, "IPython", notebook)  # type: ignore[arg-type]
+    monkeypatch.setattr(progress, "_CELL_SECONDS", 0.0)
+    with ProgressBar() as bar:
+        for event in [RUN[0], Resumed(1_000_000_000, 1_000_000_000), *RUN[1:]]:
+            bar(event)
+    texts = [each["text/plain"] for each in shown]
+    assert texts[0] == "0 bytes of 6.0 GB read"
+    assert re.fullmatch(r"2.2 GB of 6.0 GB read, [\d.]+ [kMGTP]*B/s, memory .* of 512 MiB, 0:00:00 left", texts[1]), texts
+    assert texts[-2].startswith("syncing, 4.0 GB of 6.0 GB read")
+    assert re.fullmatch(r"4.0 GB read in [\d.]+ s, .* of 512 MiB", texts[-1])
+    assert '<progress value="0.367"' in shown[1]["text/html"]
+    shell.kernel = None  # IPython on a terminal
+    shown.clear()
+    with ProgressBar() as bar:
+        bar(RUN[0])
+    assert not shown

@@ -66,7 +66,8 @@ class Spooled:
 
 @dataclass(frozen=True, slots=True)
 class TaskDone:
-    """A tensor, or a range of one, was written."""
+    """A tensor, or a range of one, was written. ``read_bytes``: its inputs, each byte once, so that events add up to what
+    the plan says. What a run has really read, in all passes, is in its result."""
 
     tensor: str
     read_bytes: int

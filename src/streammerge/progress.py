@@ -1,4 +1,5 @@
-"""A listener that shows the progress of a run on stderr: a bar, or a line every half minute in a log."""
+"""A listener that shows the progress of a run: a bar on stderr, a line every half minute in a log, or one output of a
+notebook's cell."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from html import escape
 from types import TracebackType
 from typing import Any
 
@@ -31,7 +34,9 @@ _WIDE, _NARROW = 76, 56
 _CTRL_C = 2
 """Columns that stay free at the right, where a terminal shows ^C: the bar would be torn if that went to the next line."""
 _FILE_SECONDS = 1.0
-"""The least time between two states of a bar that is written into a file or a notebook."""
+"""The least time between two states of a bar that is written into a file."""
+_CELL_SECONDS = 0.25
+"""The same in a notebook."""
 
 
 class ProgressBar:
@@ -75,7 +80,10 @@ class ProgressBar:
             if self._bar is not None:
                 self._bar.close()
             log = None if sys.stderr.isatty() else self._log
-            self._bar = _tqdm(event.read_bytes) if log is None else _Lines(event.read_bytes, log)
+            if log is not None:
+                self._bar = _Lines(event.read_bytes, log)
+            else:
+                self._bar = _Cell(event.read_bytes) if _in_notebook() else _tqdm(event.read_bytes)
         elif self._bar is None:
             return
         elif isinstance(event, Resumed):
@@ -139,6 +147,58 @@ class _Lines:
 
     def close(self) -> None:
         pass
+
+
+def _in_notebook() -> bool:
+    """Whether this is the kernel of a notebook, and no terminal of IPython."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return getattr(shell, "kernel", None) is not None
+
+
+class _Cell(_Lines):
+    """Replaces the bar in notebooks: one output that is updated. A bar on stderr would be an output for each state, where a
+    notebook is run by a program."""
+
+    def __init__(self, total: int) -> None:
+        super().__init__(total, lambda text: None)
+        self._word = ""
+        self._closed = False
+        display = sys.modules["IPython"].display.display  # the kernel has imported it
+        self._handle = display(self._shown(), raw=True, display_id=True)
+
+    def update(self, nbytes: int) -> None:
+        self._done += nbytes
+        if time.monotonic() - self._said >= _CELL_SECONDS:
+            self.refresh()
+
+    def set_description_str(self, text: str, refresh: bool = True) -> None:
+        self._word = f"{text}, " if text else ""
+        if refresh:
+            self.refresh()
+
+    def refresh(self) -> None:
+        self._said = time.monotonic()
+        self._handle.update(self._shown(), raw=True)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed, self._word = True, ""
+            self.refresh()
+
+    def _shown(self) -> dict[str, str]:
+        """Returns the state as text, and with a bar as HTML."""
+        read, seconds = self._done - self._skipped, max(time.monotonic() - self._began, 1e-9)
+        left = max(self._total - self._done, 0)
+        text = f"{decimal_bytes(self._done)} of {decimal_bytes(self._total)} read"
+        if self._closed:
+            text = f"{decimal_bytes(self._done)} read in {seconds:.1f} s"
+        if read:
+            text += f", {decimal_bytes(read / seconds)}/s{self._more}"
+        if read and not self._closed:
+            text += f", {timedelta(seconds=round(left * seconds / read))} left"
+        text = self._word + text
+        share = f'<progress value="{min(self._done / max(self._total, 1), 1):.3f}" style="max-width:100%"></progress>'
+        return {"text/plain": text, "text/html": f"<div>{share} {escape(text)}</div>"}
 
 
 def _tqdm(total: int) -> Any:

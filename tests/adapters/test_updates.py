@@ -47,6 +47,18 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, tuple[int, ...]], float, Delta
             "oa,abkl,bi->oikl", f["lora_up.weight"].flatten(1), f["lora_mid.weight"], f["lora_down.weight"].flatten(1)
         ),
     ),
+    "DyLoRA of a convolution": (
+        CONV,
+        {"lora_up.weight": (8, 4), "lora_down.weight": (4, 6, 3, 3)},
+        0.5,
+        lambda f: (f["lora_up.weight"] @ f["lora_down.weight"].flatten(1)).view(CONV),
+    ),
+    "DyLoRA of a convolution, by its first versions": (
+        CONV,
+        {"lora_up.weight": (8, 4), "lora_down.weight": (4, 54)},
+        0.5,
+        lambda f: (f["lora_up.weight"] @ f["lora_down.weight"]).view(CONV),
+    ),
     "a linear layer as a convolution": (
         (8, 6, 1, 1),
         {"lora_up.weight": (8, 4), "lora_down.weight": (4, 6)},

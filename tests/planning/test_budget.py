@@ -101,13 +101,17 @@ class TestBudget:
         )
 
 
-def test_tiles_of_a_length_that_is_needed() -> None:
-    """Tiles that hold whole tensors are as long as these, or there is no budget; fewer workers may have them."""
-    cost = budget.Cost(compute=4, buffers=2, out=2, read=4, tiles=4)
+def test_memory_for_what_is_read_again() -> None:
+    """There is as much as is asked for, or no budget; fewer workers may have it. What a chunk needs is always there."""
+    cost = budget.Cost(4, 2, 2, 4, remembered=400 << 20, passing=12, lag=1 << 20)
     for memory, workers in ((512, 4), (300, 2)):
-        found = budget.fit(memory << 20, workers=4, cost=cost, load=Load(), tile_bytes=24 << 20)
-        assert (found.tile_bytes, found.workers) == (24 << 20, workers)
-        assert budget.regions(found)["reader tiles"][1] == 96 << 20
+        found = budget.fit(memory << 20, workers=4, cost=cost, load=Load(), remembered_bytes=96 << 20)
+        assert (found.remembered_bytes, found.workers) == (96 << 20, workers)
+        assert budget.regions(found)["remembered"][1] == 96 << 20
         assert found.peak_bytes <= memory << 20
+    bare = budget.fit(512 << 20, workers=4, cost=cost, load=Load())
+    assert bare.remembered_bytes == 12 * bare.chunk_elems + (1 << 20)
+    little = cost._replace(remembered=5 << 10)
+    assert budget.fit(512 << 20, workers=4, cost=little, load=Load()).remembered_bytes == 5 << 10
     with pytest.raises(sm.BudgetError):
-        budget.fit(64 << 20, workers=4, cost=cost, load=Load(), tile_bytes=24 << 20)
+        budget.fit(64 << 20, workers=4, cost=cost, load=Load(), remembered_bytes=96 << 20)

@@ -23,6 +23,10 @@ def test_layers_stand_in_the_order_of_their_numbers() -> None:
     assert grid.layers == ("m.layers.2", "m.layers.9", "m.layers.10")
     assert [round(line[0] or 0, 9) for line in grid.values] == [0.2, 0.9, 1.0]
     assert shortened(grid.layers) == ["2", "9", "10"]
+    assert shortened(["model.layers.0", "model.layers.1", "lm_head"]) == ["layers.0", "layers.1", "lm_head"]
+    assert shortened(["h.0", "h.1", "wte"]) == ["h.0", "h.1", "wte"]
+    two = ["mlp.layers.0", "conv_layers.0", "head"]
+    assert shortened(two) == two
 
 
 def test_distances_are_joined_by_elements() -> None:

@@ -19,4 +19,4 @@ def test_a_comparison_has_a_row_for_each_common_tensor(tmp_path: Path) -> None:
         ("l.0.w", (0.0,), "equal"),
         ("l.1.w", (0.5,), "differs"),
     ]
-    assert facts.summary == [("moved most, from A", "l.1 (0.5), l.0 (0)"), ("not compared", "1 only in A")]
+    assert facts.summary == [("moved most, from A", "l.1 (50\xa0%), l.0 (0\xa0%)"), ("not compared", "1 only in A: only")]

@@ -90,7 +90,7 @@ def test_it_needs_nothing_but_itself(merged: Path) -> None:
 def test_a_report_of_an_output_reads_its_receipt(merged: Path) -> None:
     assert str(sm.report("out", "later.html")) == "later.html"
     now, later = (text_of(Path(name).read_text()) for name in ("report.html", "later.html"))
-    assert "not used 4 of code: visual.{0-3}.w (the first input lacks it)" in later[:500]
+    assert "not used 4 of 42 tensors of code: visual.{0-3}.w (the first input lacks it)" in later[:500]
     most = re.compile(r"moved most, from base (.*?) \(")
     assert most.findall(now)[0] == most.findall(later)[0]
     with pytest.raises(sm.RecipeError, match="exists already"):

@@ -33,6 +33,7 @@ class SlowNode(cluster.NodeWork):
 def main(address: str, out: str, seconds: str, lease_seconds: str, options: str) -> None:
     saved.LEASE_SECONDS = float(lease_seconds)
     units._LEAST_COST = 200_000
+    cluster._HEAD_SECONDS = 3.0
     SlowNode.seconds = float(seconds)
     cluster.NodeWork = SlowNode  # type: ignore[misc]
 

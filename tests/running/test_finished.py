@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+import struct
 from dataclasses import replace
 
 import pytest
@@ -38,7 +40,7 @@ def all_pieces(tasks: list[MergeTask]) -> list[Finished]:
             piece.nbytes,
             draw.randrange(1 << 32),
             {"in": 2} if draw.random() < 0.3 else {},
-            draw.randbytes(8).hex() if draw.random() < 0.5 else "",
+            struct.pack("<2f", draw.random(), 1 + draw.random()).hex() if draw.random() < 0.5 else "",
         )
         for number, task in enumerate(tasks)
         for piece in pieces(task, number)
@@ -62,11 +64,10 @@ def test_the_pieces_are_those_that_were_added() -> None:
         assert [made.piece(piece.key).nbytes for piece in some] == [piece.nbytes for piece in some]
         assert made.nbytes == sum(piece.nbytes for piece in some)
         assert sorted(number for number, _ in made.nonfinite()) == sorted(p.task for p in some if p.nonfinite)
-        told = {
-            number: [bytes.fromhex(p.measured) for p in every if p in some and p.task == number and p.measured]
-            for number in range(len(tasks))
-        }
-        assert made.measured == {number: found for number, found in told.items() if found}
+        for number, found in enumerate(made.measured.distances()):
+            norms = [struct.unpack("<2f", bytes.fromhex(p.measured)) for p in some if p.task == number and p.measured]
+            apart, own = (math.fsum(pair[n] ** 2 for pair in norms) for n in range(2))
+            assert found == ([pytest.approx(math.sqrt(apart / own))] if norms else [])
         by_file = dict(made.by_file())
         assert list(by_file) == FILES
         for name, parts in by_file.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import streammerge as sm
 from streammerge.planning.plan import Plan
 from streammerge.planning.tasks import pieces
 from streammerge.requests.merging import Request
+from streammerge.running import measuring
 from streammerge.running.execution import Result, execute
-from streammerge.running.measuring import WINDOW, distances, places, sample_size, squares
+from streammerge.running.finished import MeasuredTasks
+from streammerge.running.measuring import WINDOW, places, sample_size, squares
 from streammerge.running.process import resident_bytes
 from streammerge.running.session import RunOptions
 
@@ -40,16 +43,17 @@ def measured(inputs: list[Path], out: Path, **asked: Any) -> Result:
 
 
 def check(result: Result, files: list[dict[str, torch.Tensor]], made: dict[str, torch.Tensor]) -> None:
-    for number, task in enumerate(result.plan.tasks):
+    assert result.measured is not None
+    for number, (task, measured) in enumerate(zip(result.plan.tasks, result.measured.distances(), strict=True)):
         name = task.out.name
         if not task.elems:
-            assert number not in result.measured
+            assert not measured
             continue
         there = torch.cat(
             [piece.start + torch.from_numpy(places(piece.stop - piece.start)) for piece in pieces(task, number)]
         )
         here = made[name].flatten()[there].double()
-        for file, distance in zip(files, distances(result.measured[number]), strict=True):
+        for file, distance in zip(files, measured, strict=True):
             own = file[name].flatten()[there].double()
             assert distance == pytest.approx(float((here - own).norm() / own.norm()), rel=1e-5), name
 
@@ -65,6 +69,16 @@ def test_distances_are_those_of_the_sample_however_it_is_made(tmp_path: Path, wa
     result = measured(paths, tmp_path / "out.safetensors", **how, **ways)
     every = [how["base"], *paths] if method == "ties" else paths
     check(result, list(map(load_file, every)), load_file(tmp_path / "out.safetensors"))
+
+
+@pytest.mark.parametrize("room", [1, 7, 100, 1000])
+def test_a_sample_may_be_longer_than_what_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    monkeypatch.setattr(measuring, "_MOST_HELD", room)
+    shapes = {name: shape for name, shape in SHAPES.items() if room > 7 or math.prod(shape) < 300}
+    monkeypatch.setitem(globals(), "SHAPES", shapes)
+    paths = inputs(tmp_path, (torch.bfloat16,) * 2)
+    result = measured(paths, tmp_path / "out.safetensors", weights=[0.3, 0.7], workers=1)
+    check(result, list(map(load_file, paths)), load_file(tmp_path / "out.safetensors"))
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float16, torch.float32), (torch.float64, torch.bfloat16), (torch.float32,) * 2])
@@ -100,9 +114,12 @@ def test_squares_leave_out_what_is_not_finite_and_hold_what_float32_does_not() -
 
 
 def test_norms_of_pieces_are_joined() -> None:
-    one, two = (np.array(norms, np.float32).tobytes() for norms in ([3, 6, 0, 0, 1, 0], [4, 8, 0, 0, 1, 0]))
-    assert distances([one]) == [0.5, 0.0, None]
-    assert distances([one, two]) == [0.5, 0.0, None]
+    rows = [[3, 6, 0, 0, 1, 0], [0] * 6, [0] * 6, [4, 8, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0], [3, 8, 0, 0, 1, 0]]
+    norms = np.array(rows, np.float32).tobytes()
+    found = MeasuredTasks(3, norms, 24, array("I", [24, 0, 0, 16, 8, 24]), [(2, 4, 2)])
+    assert found.distances() == [[0.5, 0.0, None], [], [pytest.approx(3 / 65**0.5), 0.0, None]]
+    assert MeasuredTasks(4, norms, 24, array("I", [24, 0, 0, 16])).distances()[3] == [0.5, 0.0]
+    assert MeasuredTasks(2, b"", 0, b"").distances() == [[], []]
 
 
 def test_what_lies_beside_nan_is_measured(tmp_path: Path) -> None:
@@ -112,7 +129,8 @@ def test_what_lies_beside_nan_is_measured(tmp_path: Path) -> None:
         tensors["s3"][0, 4] = math.inf  # all have it, so the output keeps it
         save_file(tensors, path)
     result = measured(paths, tmp_path / "out.safetensors")
-    found = {task.out.name: distances(result.measured[n]) for n, task in enumerate(result.plan.tasks) if task.elems}
+    assert result.measured is not None
+    found = {task.out.name: own for task, own in zip(result.plan.tasks, result.measured.distances(), strict=True)}
     assert all(each is not None and 0.5 < each < 1 for name in ("s2", "s3", "s4") for each in found[name])
 
 
@@ -141,4 +159,5 @@ def test_a_plain_merge_measures_nothing(tmp_path: Path) -> None:
     for name in "ab":
         save_file({"w": torch.ones(3)}, tmp_path / f"{name}.safetensors")
     merged = sm.merge([tmp_path / f"{name}.safetensors" for name in "ab"], tmp_path / "out.safetensors")
-    assert merged.measured == {}
+    assert merged.measured is not None
+    assert not any(merged.measured.distances())

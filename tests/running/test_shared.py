@@ -209,6 +209,17 @@ def test_nan_stops_a_machine_and_leaves_no_output(tmp_path: Path, models: list[P
     assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
+def test_nan_in_an_adapter_is_said_of_the_adapter(tmp_path: Path) -> None:
+    save_file({"q.weight": torch.ones(8, 6), "k.weight": torch.ones(8, 6)}, tmp_path / "base.safetensors")
+    lora = {"q.lora_up.weight": torch.ones(8, 4), "q.lora_down.weight": torch.ones(4, 6)}
+    lora["q.lora_down.weight"][1, 2] = torch.nan
+    save_file(lora, tmp_path / "style.safetensors")
+    models = [f"{tmp_path}/base.safetensors+{tmp_path}/style.safetensors", tmp_path / "base.safetensors"]
+    sm.plan(models, tmp_path / "out.safetensors", save=tmp_path / "plan")
+    with pytest.raises(sm.VerifyError, match=r"q\.weight: 8 in .*\(q\.lora_down\.weight of .*style\.safetensors\)"):
+        sm.worker(tmp_path / "plan", claim=True)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_an_input_that_changes_gives_no_receipt(tmp_path: Path, models: list[Path]) -> None:

@@ -88,3 +88,48 @@ def test_readers_side_by_side_read_a_long_tensor_once() -> None:
         for part in (start, start + 5):
             numbers(two, part, part + 5)
     assert source.elems == 100
+
+
+class Some(Allocated):
+    """A room with memory for some first elements, and for some that were read last."""
+
+    def __init__(self, first: int, last: int) -> None:
+        super().__init__()
+        self.first_bytes, self.last_bytes = 8 * first, 8 * last
+
+    def remembered(self, source: Source) -> tuple[memoryview, memoryview]:
+        return memoryview(bytearray(self.first_bytes)), memoryview(bytearray(self.last_bytes))
+
+
+def test_first_elements_stay_and_others_pass() -> None:
+    source = Counted(100)
+    reader = Remembered(source.spec, source).open(Some(30, 20))
+    for sweep in range(1, 4):
+        for start in range(0, 100, 8):
+            stop = min(start + 8, 100)
+            assert numbers(reader, start, stop) == list(range(start, stop))
+        assert source.elems == 30 + 70 * sweep
+
+
+def test_readers_at_a_distance_read_once() -> None:
+    """Their spans end in different places, and one goes ahead of the other."""
+    source = Counted(1000)
+    room = Some(0, 60)
+    one, two = (Remembered(source.spec, source).open(room) for _ in range(2))
+    at = 0
+    for start in range(0, 1000, 20):
+        numbers(one, start, start + 20)
+        while at + 13 <= start + 20:
+            assert numbers(two, at, at + 13) == list(range(at, at + 13))
+            at += 13
+    assert source.elems == 1000
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 0), (0, 7), (10, 0), (33, 21), (99, 1), (100, 0)])
+def test_any_memory_gives_the_elements(first: int, last: int) -> None:
+    source, draw_ = Counted(100), random.Random(first)
+    reader = Remembered(source.spec, source).open(Some(first, last))
+    for _ in range(300):
+        start = draw_.randrange(100)
+        stop = draw_.randint(start + 1, min(100, start + draw_.choice((1, 10, 100))))
+        assert numbers(reader, start, stop) == list(range(start, stop))

@@ -1,12 +1,17 @@
-"""The store gs://: what its client is made with. No server of it is tried here."""
+"""The store gs://: what its client is made with, and what it does at a server of the tests."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from bucket_server import BucketServer, Google, bucket_server
+from stores import test_objects
+from streammerge.stores.base import Location
 from streammerge.stores.gs import GoogleStorage
 from streammerge.stores.locations import parse
 
@@ -26,3 +31,20 @@ def test_an_emulator_is_asked_without_credentials(monkeypatch: pytest.MonkeyPatc
     _, config = store.made_client("bucket", module, {})
     key = json.loads(config["service_account_key"])
     assert (key["gcs_base_url"], key["disable_oauth"]) == ("http://127.0.0.1:4443", True)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[BucketServer]:
+    with bucket_server(Google) as made:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", made.address)
+        yield made
+
+
+class TestGoogle(test_objects.TestInOrder):
+    @pytest.fixture
+    def home(self, server: BucketServer) -> Location:  # type: ignore[override]
+        pytest.importorskip("obstore")
+        return parse("gs://bucket/home")
+
+    def test_machines_share_a_plan(self, home: Location, tmp_path: Path) -> None:
+        test_objects.make_by_two_machines(home, tmp_path / "plan")

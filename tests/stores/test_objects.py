@@ -22,6 +22,7 @@ from streammerge.stores.locations import parse
 from streammerge.stores.objects import ObjectStore
 from streammerge.stores.parts import PART_BYTES
 from streammerge.stores.registry import STORES
+from streammerge.stores.staged import Taken
 
 LINE_NAMES = tuple(name for name in ODD_NAMES if "\n" not in name)
 """Names that the client does not refuse: those without line breaks."""
@@ -42,6 +43,24 @@ def upload(path: Path, location: Location) -> Location:
             upload(each, location / each.name)
         return location
     return put(location, path.read_bytes())
+
+
+def make_by_two_machines(home: Location, plan: Path) -> None:
+    """Makes a folder of three files by two shares of a saved plan, and verifies it."""
+    for seed in (1, 2):
+        made = {name: tensor for name, tensor in trained(seed).items() if tensor.is_floating_point()}
+        put(home / f"{seed}.safetensors", save(made))
+    size = max(tensor.nbytes for tensor in made.values())
+    sm.plan([home / "1.safetensors", home / "2.safetensors"], f"{home}/out/", max_shard_size=f"{size}B", save=plan)
+    with pytest.raises(sm.UnfinishedError):
+        sm.finish(plan)
+    shares = [sm.worker(plan, share=f"{number}/2").made for number in (1, 2)]
+    assert min(shares) >= 1
+    assert not (home / "out").exists()
+    sm.finish(plan)
+    assert sum(shares) == len([each for each in (home / "out").children() if each.name.startswith("model-")])
+    assert sm.verify(home / "out", sample="100%", inputs=home).recomputed
+    assert [each.name for each in home.children()] == ["1.safetensors", "2.safetensors", "out"]
 
 
 class Held(ObjectStore):
@@ -89,6 +108,20 @@ class TestInOrder(StoreSuite):
     def test_a_folder_is_no_file(self, home: Location) -> None:
         self.put(home / "a" / "b" / "c", b"1")
         super().test_a_folder_is_no_file(home)
+
+    def test_an_object_is_replaced_if_it_is_the_one_that_is_known(self, home: Location) -> None:
+        """As locks are renewed and taken over."""
+        store = home.store
+        assert isinstance(store, ObjectStore)
+        first = store.put(home / "x", b"1", "")
+        with pytest.raises(Taken):
+            store.put(home / "x", b"2", "")
+        second = store.put(home / "x", b"2", first)
+        assert store.get(home / "x")[1].tag == second != first
+        with pytest.raises(Taken):
+            store.put(home / "x", b"3", first)
+        store.put(home / "x", b"4", store.get(home / "x")[1].tag)
+        assert store.get(home / "x")[0] == b"4"
 
     def test_a_location_pickles(self, home: Location) -> None:
         """Another instance would be another store in memory."""

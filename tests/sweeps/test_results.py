@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 from pathlib import Path
 
 from streammerge.stores.locations import parse
-from streammerge.sweeps.results import Made, csv_text, epoch_table, ranked, read_record, table_lines, write_record
+from streammerge.sweeps.results import (
+    Made,
+    SweepResult,
+    csv_text,
+    epoch_table,
+    ranked,
+    read_record,
+    table_lines,
+    write_record,
+)
 
 MADE = [
     Made("t_0.2", {"t": "0.2"}, "out/t_0.2.pth", "x", "made", 0.5),
@@ -46,3 +56,14 @@ def test_a_table_of_epochs() -> None:
     ]
     assert epoch_table(made) == ["epoch \\ avg   1  2", "          9   9", "         10  10  5"]
     assert epoch_table(MADE) == []
+
+
+def test_a_notebook_shows_the_table() -> None:
+    made = [replace(MADE[0], out="<b>"), *MADE[1:], *(Made(f"t_{n}", {"t": str(n)}, f"out/{n}") for n in range(60))]
+    found = SweepResult(parse("out"), tuple(made), tuple(made[:2]), 1, 10, 20, 0.5, 1 << 20, 1 << 20, 1 << 29)
+    shown = found._repr_html_()
+    assert "2 outputs of 63 merges" in shown
+    assert "10 bytes in 1 read of the inputs" in shown
+    assert shown.index("&lt;b&gt;") < shown.index("t_0.4") < shown.index("out/t_0.6.pth")
+    assert "the first 50 of 63" in shown
+    assert shown.count("<tr>") == 4 + 1 + 50

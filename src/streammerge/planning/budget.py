@@ -3,7 +3,7 @@
     peak = RUN + tensors * PER_TENSOR + tasks * PER_TASK + columns * PER_COLUMN + rows * PER_ROW + together * PER_CHECKED
            + pieces * PER_PIECE + pickles + spooling + spread + remote
            + workers * (PER_WORKER + beside + passes + out + chunk_elems * bytes_per_element + scratch + tiles * tile
-                        + inputs * huge_pages(window + chunk_elems * input_bytes))
+                        + remembered + inputs * huge_pages(window + chunk_elems * input_bytes))
 
 Every buffer the engine uses is a term here, and the engine takes its buffers from :func:`regions`, so the model cannot
 drift from what is allocated.
@@ -58,7 +58,8 @@ interrupts every CPU. They count as memory although the kernel could reclaim the
 access may map count too. Tensors that fit stay for all passes, also when they are read by pread."""
 _LEAST_TILE_BYTES = 1 << 20
 _MOST_HALVINGS = 6
-"""How often the output buffer, the window and the tile may be halved before window and tile are dropped."""
+"""How often the output buffer, the window and the tile may be halved before window and tile are dropped, and the memory for
+what is read again."""
 
 
 class Cost(NamedTuple):
@@ -70,7 +71,8 @@ class Cost(NamedTuple):
     whether tensors are read more than once. ``passes_bytes``: memory for the passes of a tensor that one worker makes
     alone. ``spread_bytes``: memory for the passes of a tensor that all workers share. Readers of nested sources need:
     ``scratch`` bytes of their own regions, ``shared`` bytes of the region that they share, ``tiles`` tiles, and ``held``
-    bytes outside the worker's buffers.
+    bytes outside the worker's buffers. To remember what they read several times they can use ``remembered`` bytes, and need
+    ``passing`` bytes for each element of a chunk beside ``lag`` bytes.
     """
 
     compute: int
@@ -87,6 +89,9 @@ class Cost(NamedTuple):
     shared: int = 0
     tiles: int = 0
     held: int = 0
+    remembered: int = 0
+    passing: int = 0
+    lag: int = 0
 
     @property
     def element_bytes(self) -> int:
@@ -105,7 +110,8 @@ class Cost(NamedTuple):
 class Budget(NamedTuple):
     """How a run uses its memory. Each of the ``workers`` computes chunks of ``chunk_elems`` elements, writes up to
     ``out_bytes`` at once, keeps ``window_bytes`` of each input mapped behind its cursor, and uses tiles of ``tile_bytes``.
-    ``ahead_bytes``: blocks of remote inputs, of all workers together; 0 without such inputs.
+    ``ahead_bytes``: blocks of remote inputs, of all workers together; 0 without such inputs. ``remembered_bytes``: what
+    each worker has for tensors that are read several times through merges.
     """
 
     workers: int
@@ -116,6 +122,7 @@ class Budget(NamedTuple):
     peak_bytes: int
     tile_bytes: int = 0
     ahead_bytes: int = 0
+    remembered_bytes: int = 0
 
     @property
     def kept_bytes(self) -> int:
@@ -140,6 +147,7 @@ def regions(budget: Budget) -> dict[str, tuple[int, int]]:
         "reader scratch": cost.scratch,
         "reader tiles": cost.tiles * budget.tile_bytes,
         "reader shared": cost.shared,
+        "remembered": budget.remembered_bytes,
     }
     made, cursor = {}, 0
     for name, size in sizes.items():
@@ -190,6 +198,7 @@ class _Sizes(NamedTuple):
     window: int
     tile: int
     ahead: int
+    remembered: int
 
 
 def _chunks(cost: Cost) -> Iterator[int]:
@@ -202,38 +211,42 @@ def _chunks(cost: Cost) -> Iterator[int]:
         yield chunk
 
 
-def _sizes(cost: Cost, load: Load, chunk: int, halvings: int, tile_bytes: int) -> _Sizes:
-    """Returns what goes with a chunk after so many halvings. ``tile_bytes``: the length of tiles, 0 for the usual one."""
+def _sizes(cost: Cost, load: Load, chunk: int, halvings: int, remembered_bytes: int) -> _Sizes:
+    """Returns what goes with a chunk after so many halvings. ``remembered_bytes``: the least for what is read again."""
     last, more = halvings == _MOST_HALVINGS, 2 if cost.passes else 1
     window = 0 if last else MOST_WINDOW_BYTES * more >> halvings
     tile = 0 if last or not cost.tiles else max(BEST_TILE_BYTES >> halvings, _LEAST_TILE_BYTES)
     ahead = max(BEST_AHEAD_BYTES >> halvings, _LEAST_AHEAD_BYTES) if load.remote else 0
-    return _Sizes(chunk, max(BEST_OUT_BYTES >> halvings, cost.out * chunk), window, tile_bytes or tile, ahead)
+    passing = 0 if last else min(cost.passing * chunk + cost.lag, cost.remembered)
+    return _Sizes(
+        chunk, max(BEST_OUT_BYTES >> halvings, cost.out * chunk), window, tile, ahead, max(passing, remembered_bytes)
+    )
 
 
 def _peak_bytes(cost: Cost, load: Load, workers: int, sizes: _Sizes) -> int:
     """Returns the memory of a run with so many workers. The module's docstring has the formula."""
     mapped = _huge_pages(sizes.window + sizes.chunk * cost.mapped) if cost.mapped else 0
     kept = cost.inputs * (mapped + sizes.window * cost.keeps)
-    nested = cost.scratch + cost.shared + cost.tiles * sizes.tile + cost.held
+    nested = cost.scratch + cost.shared + cost.tiles * sizes.tile + cost.held + sizes.remembered
     own = PER_WORKER_BYTES + load.beside_bytes + cost.passes_bytes + sizes.out + sizes.chunk * cost.element_bytes
     return load.fixed_bytes + cost.spread_bytes + sizes.ahead + workers * (own + kept + nested)
 
 
-def fit(memory_bytes: int, workers: int, cost: Cost, load: Load, tile_bytes: int = 0) -> Budget:
+def fit(memory_bytes: int, workers: int, cost: Cost, load: Load, remembered_bytes: int = 0) -> Budget:
     """Returns the most workers and the best chunk that ``memory_bytes`` allows.
 
-    ``tile_bytes``: how long tiles have to be, 0 for what there is room for. Raises BudgetError, which names the least
+    ``remembered_bytes``: the least that each worker gets for what is read again. Raises BudgetError, which names the least
     memory that is enough.
     """
     room = memory_bytes - load.fixed_bytes - cost.spread_bytes
     for count in range(max(min(workers, room // PER_WORKER_BYTES), 1), 0, -1):
         for chunk in _chunks(cost):
             for halvings in range(_MOST_HALVINGS + 1):
-                sizes = _sizes(cost, load, chunk, halvings, tile_bytes)
+                sizes = _sizes(cost, load, chunk, halvings, remembered_bytes)
                 needed = _peak_bytes(cost, load, count, sizes)
                 if needed <= memory_bytes:
-                    return Budget(count, chunk, sizes.out, sizes.window, cost, needed, sizes.tile, sizes.ahead)
+                    own = (sizes.out, sizes.window, cost, needed, sizes.tile, sizes.ahead, sizes.remembered)
+                    return Budget(count, chunk, *own)
     *_, least_chunk = _chunks(cost)
     least = _peak_bytes(cost, load, 1, _sizes(cost, load, least_chunk, _MOST_HALVINGS, 0))
     rows = f" with rows of {cost.row} elements, which are held whole" if cost.row > GRAIN else ""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from streammerge.errors import BudgetError
 from streammerge.kernels.ranking import held_bytes
 from streammerge.methods.registry import COPY
-from streammerge.planning.budget import BEST_TILE_BYTES, Budget, Cost, Load, fit
+from streammerge.planning.budget import Budget, Cost, Load, fit
 from streammerge.planning.tasks import MergeTask, Tasks, alike, copy_of_turned, objects, turned_task
 from streammerge.sources.base import Needs, Source
 from streammerge.sources.stored import Stored
@@ -15,8 +15,10 @@ from streammerge.stores import descriptors
 from streammerge.stores.base import Location
 from streammerge.tensors.dtypes import DType
 
-_MOST_TILES = 6
-"""Sizes of tiles that are tried."""
+_STEP_BYTES = 1 << 20
+"""How exactly the memory for what is read again is found."""
+_LEAST_WORKERS = 4
+"""The part of the workers that is left where fewer workers with more memory each read less."""
 
 
 def is_stored(source: Source) -> bool:
@@ -51,25 +53,46 @@ def budget_of(
         if io != "mmap":
             raise
         io, found = "pread", fit(memory_bytes, workers, _cost(tasks, "pread"), load)
-    for tile in _longer_tiles(tasks):
+    return (_remembering(tasks, memory_bytes, found, load) if found.cost.remembered else found), io
+
+
+def _remembering(tasks: Sequence[MergeTask], memory_bytes: int, found: Budget, load: Load) -> Budget:
+    """Returns a budget with more memory for what is read again.
+
+    So many workers leave each of them enough that the largest graph of merges reads and writes half of what its merges
+    would do one after the other, or reads its inputs once. Of these numbers it has the one that takes the least time; if
+    none is enough, the one that reads the least.
+    """
+    from streammerge.planning.repeated import graph, largest, moved_bytes, stages_bytes  # most merges have no stages
+
+    nested = [task for task in objects(tasks) if task.nested]
+    made, task = max(((graph(task.sources)[0], task) for task in nested), key=lambda each: largest(each[0]))
+    enough = max(stages_bytes(made, task.out.nbytes) / 2 - task.out.nbytes, task.read_bytes)
+    tried = list[tuple[bool, float, Budget]]()
+    for count in range(min(found.workers, len(tasks)), max(found.workers // _LEAST_WORKERS, 1) - 1, -1):
+        wide = _most_remembered(memory_bytes, count, found, load)
+        read, computed = moved_bytes(made, wide.remembered_bytes, wide.chunk_elems)
+        tried.append((read > enough, read if read > enough else (read + computed) / count, wide))
+    return min(tried, key=lambda each: each[:2])[2] if tried else found
+
+
+def _most_remembered(memory_bytes: int, workers: int, found: Budget, load: Load) -> Budget:
+    """Returns the budget of so many workers that has the most memory for what is read again."""
+    best, low, high = found._replace(workers=workers), 0, found.cost.remembered
+    wanted = high
+    while wanted - low >= _STEP_BYTES or wanted == found.cost.remembered:
         try:
-            wide = fit(memory_bytes, workers, _cost(tasks, io, tile), load, tile)
+            wide = fit(memory_bytes, workers, found.cost, load, wanted)
         except BudgetError:
-            continue
-        if 2 * wide.workers >= found.workers:
-            return wide, io
-    return found, io
-
-
-def _longer_tiles(tasks: Sequence[MergeTask]) -> list[int]:
-    """Returns the sizes of tiles, the longest first, that hold a tensor that passes read several times through merges."""
-    nested = [task for task in objects(tasks) if task.out.nbytes > BEST_TILE_BYTES and task.nested]
-    if not nested:
-        return []
-    from streammerge.planning.repeated import remembered_bytes  # here, because most merges have no stages
-
-    sizes = {remembered_bytes(task) for task in nested}
-    return sorted((size for size in sizes if size > BEST_TILE_BYTES), reverse=True)[:_MOST_TILES]
+            wide = found._replace(workers=0)
+        if wide.workers == workers and (wide.tile_bytes or not found.tile_bytes):
+            best, low = wide, wanted
+            if wanted == found.cost.remembered:
+                break
+        else:
+            high = wanted
+        wanted = (low + high) // 2
+    return best
 
 
 def _load(tasks: Sequence[MergeTask]) -> Load:
@@ -112,11 +135,8 @@ def _files_of(tasks: Sequence[MergeTask]) -> tuple[dict[int, Location], int]:
     return seen, most
 
 
-def _cost(tasks: Sequence[MergeTask], io: str, tile_bytes: int = 0) -> Cost:
-    """Returns the memory of one chunk: for each kind, the most that any task needs. Zero if all tasks copy verbatim.
-
-    ``tile_bytes``: of longer tiles than the usual ones, if there are any.
-    """
+def _cost(tasks: Sequence[MergeTask], io: str) -> Cost:
+    """Returns the memory of one chunk: for each kind, the most that any task needs. Zero if all tasks copy verbatim."""
     cost = Cost(0, 0, 0, 0)
     seen: set[tuple[object, ...]] = set()
     for task, _ in alike(tasks):
@@ -124,7 +144,7 @@ def _cost(tasks: Sequence[MergeTask], io: str, tile_bytes: int = 0) -> Cost:
             cost = cost.most(_turned_cost(task, io))
             continue
         if not all(map(is_stored, task.sources)):
-            cost = cost.most(_nested_cost(task, io, tile_bytes))
+            cost = cost.most(_nested_cost(task, io))
             continue
         if task.verbatim:
             continue
@@ -144,9 +164,9 @@ def _turned_cost(task: MergeTask, io: str) -> Cost:
     return _cost([made, copy_of_turned(task, Stored(made.out, None, 0))], io)
 
 
-def _task_cost(task: MergeTask, dtypes: list[DType], io: str, alone: bool = False) -> Cost:
-    """Returns the memory of one chunk. ``alone``: whether one worker makes all pieces of the tensor."""
-    method, models = task.method, len(dtypes)
+def _task_cost(task: MergeTask, dtypes: list[DType], io: str) -> Cost:
+    """Returns the memory of one chunk."""
+    method, models, alone = task.method, len(dtypes), task.of_one
     widest = max(d.element_bytes for d in dtypes)
     out = task.out.dtype.component.element_bytes
     read, mapped = (widest, 0) if io == "pread" else (0, widest)
@@ -161,10 +181,16 @@ def _task_cost(task: MergeTask, dtypes: list[DType], io: str, alone: bool = Fals
     return Cost(compute, buffers, out, read, inputs, mapped, task.row, method.passes, passes, spread)
 
 
-def _nested_cost(task: MergeTask, io: str, tile_bytes: int = 0) -> Cost:
+def _nested_cost(task: MergeTask, io: str) -> Cost:
     """Returns the memory of one chunk if some sources are not plain byte ranges. Such sources cannot be mapped."""
+    opened: Iterable[Source] = task.sources
+    again = (0, 0, 0)
+    if task.nested:
+        from streammerge.planning.repeated import apart, memory_for  # here, because most merges have no stages
+
+        opened, again = apart(task.sources), memory_for(task.sources)
     needed = Needs()
-    for source in task.sources:
+    for source in opened:
         if not is_stored(source):
             needed += source.needs()
     nested = Cost(
@@ -173,15 +199,16 @@ def _nested_cost(task: MergeTask, io: str, tile_bytes: int = 0) -> Cost:
         shared=needed.shared_bytes,
         tiles=needed.tiles,
         held=needed.held_bytes,
+        passes_bytes=needed.passes_bytes,
+        remembered=again[0],
+        passing=again[1],
+        lag=again[2],
     )
     if task.verbatim:
         return nested
     dtypes = [source.spec.dtype.component for source in task.sources]
-    alone = False
-    if tile_bytes:
-        from streammerge.planning.repeated import is_alone
-
-        alone = is_alone(task, tile_bytes)
-    read, mapped = (_task_cost(task, dtypes, way, alone) for way in ("pread", io))
+    read, mapped = (_task_cost(task, dtypes, way) for way in ("pread", io))
     plain = any(map(is_stored, task.sources))
+    if again[0] and not plain:
+        read = read._replace(inputs=0)  # what passes look at is remembered
     return read.most(nested) if not plain or io == "pread" else read.most(mapped).most(nested)

@@ -114,6 +114,16 @@ class MergeTask:
         return size - held_bytes(size)
 
     @property
+    def of_one(self) -> bool:
+        """Whether one worker makes all pieces of a long tensor, because passes look at merges or are made below one. Other
+        workers would make these passes and merges again."""
+        if self.elems <= self.piece_elems or self.turned or self.to_turn or not self.nested:
+            return False
+        from streammerge.sources.merged import methods_in
+
+        return self.method.passes or any(method.passes for source in self.sources for method in methods_in(source))
+
+    @property
     def spread(self) -> bool:
         """Whether the tensor is long enough to share its passes among all workers."""
         return self.method.passes and not self.method.whole and self.elems > self.piece_elems
@@ -176,20 +186,21 @@ class Piece(NamedTuple):
         return (self.stop - self.start) * sum([s.spec.dtype.component.element_bytes for s in self.task.sources])
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PieceDone:
+class PieceDone(NamedTuple):
     """The result of elements ``start`` to ``stop`` of the task with this number. Small, plain data that another process can
     send. ``checksum``: of their bytes. ``nonfinite``: the number of NaN and infinite values by source. ``found``: the
     finding of their destination. ``measured``: for each source of the task the norm of its difference to the result, and
-    its own norm, both over a sample, in float32; empty if nothing was measured (:mod:`streammerge.running.measuring`)."""
+    its own norm, both over a sample, in float32; empty if nothing was measured (:mod:`streammerge.running.measuring`).
+    ``read_bytes``: what was asked of stores to make it, and other pieces before it that say 0."""
 
     number: int
     start: int
     stop: int
     checksum: int
-    nonfinite: dict[str, int] = field(default_factory=dict)
+    nonfinite: dict[str, int]
     found: Any = None
     measured: bytes = b""
+    read_bytes: int = 0
 
     def piece(self, tasks: Sequence[MergeTask]) -> Piece:
         return Piece(tasks[self.number], self.number, self.start, self.stop)

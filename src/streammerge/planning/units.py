@@ -163,7 +163,12 @@ def _passes_are_shared(task: MergeTask) -> bool:
 
 
 def _is_alone(task: MergeTask) -> bool:
-    return task.spread or task.to_turn or any(s.__class__ is not Stored and any(records(s)) for s in task.sources)
+    return (
+        task.spread
+        or task.of_one
+        or task.to_turn
+        or any(s.__class__ is not Stored and any(records(s)) for s in task.sources)
+    )
 
 
 def _cost(task: MergeTask) -> int:

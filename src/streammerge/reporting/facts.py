@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
+from typing import NamedTuple
 
 from streammerge.tensors.layers import layer_of
 
 OUTSIDE = "outside"
-LOST, NOTHING = "not used", "nothing"
-"""The label of what is lost, and how its text begins if that is nothing."""
+LOST, NOT_COMPARED, NOTHING = "not used", "not compared", "nothing"
+"""The labels of what is lost, in a merge and in a comparison, and how their texts begin if that is nothing."""
 MARKS = {"N": "NaN or infinity", "m": "some inputs lack it", "c": "copied", "i": "integers, which have no distance"}
 """The letters on a map. A cell of several tensors has the first that any of them has, the last two if all have it."""
 _MOST_KINDS, _MOST_OUTSIDE = 14, 8
@@ -19,8 +20,7 @@ _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _TAIL = re.compile(r"\.(weight|bias)$")
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One tensor of the output. ``distances``: to each input, relative to the input's norm; None if it is not known.
     ``elems``: its number of elements. ``mark``: one of ``MARKS``, "" for a tensor that was merged from all inputs."""
 
@@ -188,8 +188,12 @@ def _by_name(title: str, rows: Sequence[Row], number: int) -> Grid:
 
 
 def shortened(layers: Sequence[str]) -> list[str]:
-    """Returns the names of layers without the stack that all have in common: their numbers, if there is one stack."""
-    stacks = {layer.rpartition(".")[0] for layer in layers}
-    if len(stacks) == 1 and all(layer.rpartition(".")[2].isdigit() for layer in layers):
-        return [layer.rpartition(".")[2] for layer in layers]
+    """Returns the names of layers without what the stack begins with, if there is one: their numbers, if nothing else
+    stands beside them."""
+    stacks = {stack for stack, _, last in (layer.rpartition(".") for layer in layers) if last.isdigit()}
+    if len(stacks) == 1:
+        stack = next(iter(stacks))
+        alone = all(layer.startswith(f"{stack}.") for layer in layers)
+        begin = len(stack) + 1 if alone else len(stack.rpartition(".")[0]) + ("." in stack)
+        layers = [layer[begin:] if layer.startswith(f"{stack}.") else layer for layer in layers]
     return [layer if len(layer) < 26 else f"…{layer[-24:]}" for layer in layers]

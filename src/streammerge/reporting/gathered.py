@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from streammerge.checkpoints.index import open_checkpoint
 from streammerge.diffing.result import Diff
-from streammerge.errors import StreammergeError, printable
+from streammerge.errors import StreammergeError, listed, printable
 from streammerge.planning.conservation import unused_text
 from streammerge.planning.plan import Plan
 from streammerge.planning.receipt import Receipt
 from streammerge.planning.tasks import MergeTask, alike, named, objects
 from streammerge.recipe.document import to_yaml
 from streammerge.recipe.locations import travelling
-from streammerge.reporting.facts import LOST, NOTHING, Facts, Row, Sample
+from streammerge.reporting.facts import LOST, NOT_COMPARED, NOTHING, Facts, Row, Sample
 from streammerge.reporting.statistics import Statistics, rows_of
 from streammerge.running.execution import Result
-from streammerge.running.measuring import distances
 from streammerge.sources.base import Source
 from streammerge.sources.stored import Stored
 from streammerge.stores.base import Location
 from streammerge.tensors.spec import TensorSpec
 from streammerge.units import binary_bytes, counted, decimal_bytes
 
-_MOST_SHOWN = 3
+_MOST_SHOWN, _MOST_MOVED = 3, 5
 _SAMPLED = (
     "distances are estimated while merging, from a sample: all of a tensor up to 256 elements, about 2 sqrt(n) of the n "
     "elements of a longer one, 4,096 of each 4 million; usually within 10 % of the exact ones from a million elements on, "
@@ -36,7 +34,7 @@ _EXACT = "distances are of all elements, measured by reading the inputs and the 
 
 
 def of_merge(result: Result, samples: Sequence[Sample]) -> Facts:
-    """Returns the facts of a merge. It was run with ``measures``."""
+    """Returns the facts of a merge, but for the summary. It was run with ``measures``."""
     plan = result.plan
     columns = _Columns(plan)
     names = columns.names
@@ -55,7 +53,6 @@ def of_merge(result: Result, samples: Sequence[Sample]) -> Facts:
     )
     facts.rows = _rows(result, columns, names)
     facts.accounts = _accounts([each.record() for each in plan.accounts])
-    lost = unused_text(plan.accounts)
     seconds = max(result.seconds, 1e-9)
     facts.made = [
         ("output", printable(result.out)),
@@ -72,8 +69,12 @@ def of_merge(result: Result, samples: Sequence[Sample]) -> Facts:
         ("recipe and inputs", "are in the output's receipt, with a checksum of every tensor"),
         ("again", f"streammerge verify {printable(result.out)}"),
     ]
-    _summarise(facts, lost)
     return facts
+
+
+def summarise_merge(facts: Facts, result: Result) -> None:
+    """Adds the summary of a merge to its facts."""
+    _summarise(facts, unused_text(result.plan.accounts))
 
 
 def of_output(
@@ -91,9 +92,10 @@ def of_output(
     index = open_checkpoint(out)
     names = [each["checkpoint"] for each in receipt.accounts] or list(receipt.inputs)
     names.sort(key=lambda name: name != recipe.get("base_model"))
+    models = len(recipe.get("models", ()))
     facts = Facts(
         f"Merge into {printable(out.name)}",
-        f"{method} of {counted(len(names), 'input')}",
+        f"{method} of {counted(models, 'model') if models else counted(len(names), 'input')}",
         recipe=to_yaml(recipe),
         input_names=names,
     )
@@ -121,8 +123,9 @@ def of_output(
         ("receipt", f"sound, digest {receipt.digest[:16]}…"),
         ("bytes", f"not compared here: streammerge verify {printable(out)}"),
     ]
+    counts = {each["checkpoint"]: each["tensors"] for each in receipt.accounts}
     lost = [
-        f"{count:,} of {checkpoint}: {names} ({why})"
+        f"{count:,} of {counted(counts[checkpoint], 'tensor')} of {printable(checkpoint)}: {names} ({why})"
         for checkpoint, fate, count, names, why in facts.accounts
         if fate == "dropped"
     ]
@@ -151,7 +154,7 @@ def _compare(
             continue
         apart[-1] = {each.name: each.relative for each in diff.tensors if each.comparable}
     facts.rows = [
-        row if row.mark == "i" else replace(row, distances=tuple(each.get(row.name) for each in apart)) for row in plain
+        row if row.mark == "i" else row._replace(distances=tuple(each.get(row.name) for each in apart)) for row in plain
     ]
     facts.measured = _EXACT if any(apart) else ""
     facts.said.append(("note", f"{why}, so {'the inputs were read again' if any(apart) else 'no distance is known'}"))
@@ -165,7 +168,7 @@ def of_diff(diff: Diff) -> Facts:
     """Returns the facts of a comparison: how far B lies from A."""
     facts = Facts(
         f"{printable(posixpath.basename(diff.a.rstrip('/')))} and {printable(posixpath.basename(diff.b.rstrip('/')))}",
-        "equal" if diff.equal else "how far B lies from A",
+        f"{'equal' if diff.equal else 'how far B lies from A'}; A is the first",
         input_names=["A"],
         measured="distances are |B - A| / |A|, of all elements",
         memory_bytes=diff.memory_bytes,
@@ -187,7 +190,11 @@ def of_diff(diff: Diff) -> Facts:
     facts.made += [("base", printable(diff.base))] if diff.base is not None else []
     facts.made += [("distance", _number(diff.relative)), ("cosine", _number(diff.cosine))]
     facts.made += [("read", decimal_bytes(diff.read_bytes))]
-    only = [f"{len(names):,} only in {side}" for side, names in (("A", diff.only_a), ("B", diff.only_b)) if names]
+    only = [
+        f"{len(names):,} only in {side}: {listed(list(map(printable, names)), _MOST_SHOWN)}"
+        for side, names in (("A", diff.only_a), ("B", diff.only_b))
+        if names
+    ]
     facts.accounts = [
         (side, "only here", len(names), ", ".join(map(printable, names[:20])), "the other lacks it")
         for side, names in (("A", diff.only_a), ("B", diff.only_b))
@@ -196,7 +203,7 @@ def of_diff(diff: Diff) -> Facts:
     facts.said = [("warning", text) for text in diff.warnings] + [("note", text) for text in diff.notes]
     if diff.agreement is not None:
         facts.summary.append(("advice", diff.advice))
-    _summarise(facts, "", what="not compared", all_used=", ".join(only) or "both have the same tensors")
+    _summarise(facts, "; ".join(only), what=NOT_COMPARED, all_used=f"{NOTHING}: both have the same tensors")
     return facts
 
 
@@ -204,7 +211,7 @@ def _summarise(facts: Facts, lost: str, what: str = LOST, all_used: str = "") ->
     """Puts what a person wants to know first in front: which layers moved most, and what was not used."""
     first, moved = next(((n, found) for n in range(len(facts.input_names)) if (found := facts.moved(n))), (None, []))
     if first is not None:
-        shown = ", ".join(f"{printable(layer)} ({distance:.2g})" for layer, distance in moved[:5])
+        shown = ", ".join(f"{printable(layer)} ({_percent(distance)})" for layer, distance in moved[:_MOST_MOVED])
         facts.summary.insert(0, (f"moved most, from {printable(facts.input_names[first])}", shown))
     facts.summary.insert(
         1 if first is not None else 0, (what, lost.removeprefix("not used: ") or all_used or _all_used(facts))
@@ -283,11 +290,14 @@ class _Kind:
     """What the rows of tensors have in common that are merged in one way. ``task``: one of them."""
 
     def __init__(self, plan: Plan, task: MergeTask, columns: _Columns, names: Sequence[str]) -> None:
-        self._task, self._is_float = task, task.out.dtype.kind == "float"
+        self._task, self._is_float = task, task.out.dtype.kind == "float"  # who keeps a task keeps its id
         places = {name: number for number, name in enumerate(names)}
         self._nothing = (None,) * len(names)
         own = columns.of(task)
         self._places = [places.get(column) for column in own]
+        self._in_order = self._places == list(range(len(names)))
+        self._shape, self._dtype = task.out.shape, task.out.dtype.torch_name
+        self._elems = max(task.out.numel, 1)
         inputs, is_copy = len(plan.recipe.inputs), task.method.name == "copy"
         self._copied = self._at(0, 0.0) if task.verbatim and task.sources and self._is_float else self._nothing
         self._how = "copied" if is_copy else task.method.name
@@ -303,27 +313,29 @@ class _Kind:
         place = self._places[source]
         return tuple([distance if number == place else None for number in range(len(self._nothing))])
 
-    def row(self, name: str, measured: Sequence[bytes] | None, nonfinite: bool) -> Row:
-        distances_ = self._copied
-        if measured:
+    def row(self, name: str, measured: list[float | None], nonfinite: bool) -> Row:
+        distances = self._copied
+        if measured and self._in_order:
+            distances = tuple(measured)
+        elif measured:
             found: list[float | None] = [*self._nothing]
-            for place, distance in zip(self._places, distances(measured), strict=True):
+            for place, distance in zip(self._places, measured, strict=True):
                 if place is not None and found[place] is None:
                     found[place] = distance
-            distances_ = tuple(found)
-        out = self._task.out
+            distances = tuple(found)
         mark = "N" if nonfinite else self._mark
-        return Row(name, out.shape, out.dtype.torch_name, self._how, distances_, max(out.numel, 1), mark)
+        return Row(name, self._shape, self._dtype, self._how, distances, self._elems, mark)
 
 
 def _rows(result: Result, columns: _Columns, names: Sequence[str]) -> list[Row]:
     """Returns a row for each tensor of the output."""
     plan, kinds, rows = result.plan, dict[int, _Kind](), list[Row]()
-    for number, (name, task) in enumerate(named(plan.tasks)):
+    measured = result.measured.distances() if result.measured is not None else [[]] * len(plan.tasks)
+    for number, ((name, task), own) in enumerate(zip(named(plan.tasks), measured, strict=True)):
         kind = kinds.get(id(task))
         if kind is None:
-            kind = kinds[id(task)] = _Kind(plan, task, columns, names)  # which keeps the task, and so its id
-        rows.append(kind.row(name, result.measured.get(number), number in result.nonfinite))
+            kind = kinds[id(task)] = _Kind(plan, task, columns, names)
+        rows.append(kind.row(name, own, number in result.nonfinite))
     return rows
 
 
@@ -350,6 +362,11 @@ def _input_rows(inputs: Mapping[str, Mapping[str, Any]], accounts: Sequence[Mapp
         digest = next((str(said["header_sha256"])[:12] for said in files.values() if "header_sha256" in said), "")
         rows.append((printable(name), nbytes, f"{used:,} of {account['tensors']:,}", digest))
     return rows
+
+
+def _percent(share: float) -> str:
+    """Returns a relative distance as people say it: 16 %, 310 %, 0.42 %."""
+    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%" if share >= 0.1 else f"{100 * share:.2g}\N{NO-BREAK SPACE}%"
 
 
 def _number(value: float | None) -> str:

@@ -8,7 +8,7 @@ from streammerge.diffing.result import Diff
 from streammerge.errors import RecipeError, printable
 from streammerge.reporting import statistics
 from streammerge.reporting.facts import Facts, Sample
-from streammerge.reporting.gathered import of_diff, of_merge, of_output
+from streammerge.reporting.gathered import of_diff, of_merge, of_output, summarise_merge
 from streammerge.reporting.page import page
 from streammerge.reporting.pictures import plotting
 from streammerge.running.execution import Result
@@ -27,8 +27,9 @@ def report_merge(result: Result, samples: Sequence[Sample], file: Location | Non
     """Writes the report of a merge into a file, and if ``keeps`` its statistics beside the output."""
     facts = of_merge(result, samples)
     if keeps:
-        statistics.write(facts, receipt_of(result.out).digest, result.out)
+        statistics.write(facts, result.receipt_digest, result.out)
     if file is not None:
+        summarise_merge(facts, result)
         _write(facts, file)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from streammerge.errors import printable
-from streammerge.reporting.facts import LOST, MARKS, NOTHING, Facts, Grid, Row
+from streammerge.reporting.facts import LOST, MARKS, NOT_COMPARED, NOTHING, Facts, Grid, Row
 from streammerge.reporting.pictures import curves, heat_map
 from streammerge.version import __version__
 
@@ -40,7 +40,17 @@ details > summary { cursor: pointer; color: #00798c; padding: .3rem 0; }
 ul.said { padding-left: 1.1rem; overflow-wrap: anywhere; }
 ul.said li.warning { color: #b23a48; }
 footer { color: #5b6570; font-size: .8rem; margin: 2.5rem 0 1rem; }
+@media (max-width: 36rem) {
+  table.stacks, table.stacks tbody, table.stacks tr, table.stacks td { display: block; }
+  table.stacks thead { display: none; }
+  table.stacks { min-width: 0; }
+  table.stacks tr { border-bottom: 1px solid #8b95a0; padding: .4rem 0; }
+  table.stacks td, table.stacks td.n { display: grid; grid-template-columns: 7rem 1fr; border: 0; padding: .1rem 0; }
+  table.stacks td, table.stacks td.n { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+  table.stacks td::before { content: attr(data-head); color: #5b6570; }
+}
 @media (prefers-color-scheme: dark) {
+  table.stacks td::before { color: #9aa5b1; }
   body { background: #14181c; color: #e6e9ec; }
   p.sub, p.small { color: #9aa5b1; }
   dl.first > div { background: #1b2127; border-left-color: #4fc3d6; }
@@ -91,7 +101,7 @@ def _section(title: str, content: str) -> str:
 def _first(facts: Facts) -> str:
     rows = list[str]()
     for label, text in facts.summary:
-        kind = "lost" if label == LOST and not text.startswith(NOTHING) else ""
+        kind = "lost" if label in (LOST, NOT_COMPARED) and not text.startswith(NOTHING) else ""
         rows.append(f'<div class="{kind}"><dt>{escape(label)}</dt><dd>{escape(text)}</dd></div>')
     return f"<dl class=first>{''.join(rows)}</dl>"
 
@@ -132,7 +142,7 @@ def _accounts(facts: Facts) -> str:
             return "<p>Both have the same tensors.</p>"
         return "<p>Every tensor of every input went into the tensor of its own name.</p>"
     rows = ([a, fate, f"{count:,}", names, why] for a, fate, count, names, why in facts.accounts)
-    return _table(["input", "fate", "tensors", "names", "why"], rows, numbers=(2,), names=(3,))
+    return _table(["input", "fate", "tensors", "names", "why"], rows, numbers=(2,), names=(3,), stacks=True)
 
 
 def _pairs(pairs: Iterable[tuple[str, str]]) -> str:
@@ -142,7 +152,9 @@ def _pairs(pairs: Iterable[tuple[str, str]]) -> str:
 def _inputs(facts: Facts) -> str:
     if not facts.inputs:
         return ""
-    return "<h3>Inputs</h3>" + _table(["input", "size", "tensors used", "SHA-256 of the headers"], facts.inputs, names=(0,))
+    return "<h3>Inputs</h3>" + _table(
+        ["input", "size", "tensors used", "SHA-256 of the headers"], facts.inputs, names=(0,), stacks=True
+    )
 
 
 def _recipe(facts: Facts) -> str:
@@ -200,13 +212,19 @@ def _number(value: float | None) -> str:
 
 
 def _table(
-    heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = (), names: Iterable[int] = ()
+    heads: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    numbers: Iterable[int] = (),
+    names: Iterable[int] = (),
+    stacks: bool = False,
 ) -> str:
+    """Returns a table. ``stacks``: on a phone its cells stand one below the other, each with its head."""
     kinds = {**dict.fromkeys(numbers, "n"), **dict.fromkeys(names, "name")}
 
     def cells(row: Sequence[str], tag: str) -> str:
-        return "".join(f'<{tag} class="{kinds.get(n, "")}">{escape(cell)}</{tag}>' for n, cell in enumerate(row))
+        told = [f' data-head="{escape(head)}"' for head in heads] if stacks and tag == "td" else [""] * len(row)
+        return "".join(f'<{tag} class="{kinds.get(n, "")}"{told[n]}>{escape(cell)}</{tag}>' for n, cell in enumerate(row))
 
     head = f"<thead><tr>{cells(heads, 'th')}</tr></thead>" if heads else ""
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return f"<div class=scroll><table>{head}<tbody>{body}</tbody></table></div>"
+    return f"<div class=scroll><table{' class=stacks' * stacks}>{head}<tbody>{body}</tbody></table></div>"

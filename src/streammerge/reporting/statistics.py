@@ -48,16 +48,29 @@ def write(facts: Facts, digest: str, out: Location) -> None:
         "inputs": facts.input_names,
         "measured": facts.measured,
         "names": [row.name for row in facts.rows],
-        "distances": [[_short(each) for each in row.distances] for row in facts.rows],
         "marks": "".join(row.mark or "-" for row in facts.rows),
         "methods": hows,
-        "method": [hows.index(row.how) for row in facts.rows],
+        "method": list(map({how: number for number, how in enumerate(hows)}.__getitem__, (row.how for row in facts.rows))),
         "samples": [[round(s.seconds, 3), s.memory_bytes, s.done_bytes] for s in facts.samples[::step]],
         "memory": facts.memory_bytes,
         "made": facts.made,
         "said": facts.said,
     }
-    place_of(out).write_whole(json.dumps(tree, separators=(",", ":")).encode(), overwrite=True)
+    text = json.dumps(tree, separators=(",", ":"))
+    text = f'{text[:-1]},"distances":[{",".join(_distances(facts.rows))}]}}'
+    place_of(out).write_whole(text.encode(), overwrite=True)
+
+
+def _distances(rows: Sequence[Row]) -> list[str]:
+    """Returns the distances of each row as a list in JSON. The form is that of all rows with as many known distances."""
+    most = max((len(row.distances) for row in rows), default=0)
+    forms = [f"[{','.join([f'%.{_DIGITS}g'] * count)}]" for count in range(most + 1)]
+    return [
+        json.dumps([_short(each) for each in row.distances])
+        if None in row.distances
+        else forms[len(row.distances)] % row.distances
+        for row in rows
+    ]
 
 
 def read(out: Location, digest: str) -> Statistics | str:

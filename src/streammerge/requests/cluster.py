@@ -40,6 +40,8 @@ _LAST_SECONDS = 3.0
 """The time in which nodes tell their last numbers, when all units are made."""
 _MOST_STARTS = 3
 """How often a process is started on one node."""
+_HEAD_SECONDS = 40.0
+"""How long a head that does not answer is waited for, while its nodes make units. Ray ends this process after 60."""
 _WAIT_SECONDS = 15.0
 """The time after which it is told that no node has room yet."""
 
@@ -52,14 +54,14 @@ class NodeWork:
         self._read_bytes = self._written_bytes = self._memory_bytes = 0
         self._tensor = ""
 
-    def work(self) -> tuple[int, int, int, int] | bytes:
-        """Makes units until all are made. Returns the bytes read and written, and the memory: the most above start-up, and
-        at start-up. Returns the pickle of an error."""
+    def work(self) -> tuple[int, int, int, int, int] | bytes:
+        """Makes units until all are made. Returns the bytes read and written as events tell them, the memory (the most
+        above start-up, and at start-up), and the bytes that were asked of stores. Returns the pickle of an error."""
         try:
             made = work(parse(self._place), Sharing(claim=True), Machine(**self._machine), self._listen, resident_bytes())
         except BaseException as error:  # noqa: BLE001 - carried to the process that asked, whatever it is
             return pickled_error(error)
-        return made.read_bytes, made.written_bytes, made.peak_bytes, made.startup_bytes
+        return self._read_bytes, made.written_bytes, made.peak_bytes, made.startup_bytes, made.read_bytes
 
     def _listen(self, event: Event) -> None:
         if isinstance(event, TaskDone):
@@ -156,6 +158,7 @@ class _Nodes:
         self._plan, self._joint, self._units, self._listener = plan, joint, units, listener
         self._nodes: dict[str, _Node] = {}
         self._looked = float("-inf")
+        self._head, self._headless = cluster.Head(ray), False
         self.notes: list[str] = []
         self.read_bytes = self.peak_bytes = self.startup_bytes = 0
         self._needed_bytes = plan.budget.peak_bytes + _STARTUP_BYTES
@@ -177,6 +180,8 @@ class _Nodes:
         began = time.monotonic()
         waiting = False
         while self._left():
+            if self._lacks_head():
+                continue
             self._look_for_nodes()
             if (
                 time.monotonic() - began > _WAIT_SECONDS
@@ -188,8 +193,28 @@ class _Nodes:
             self._poll()
         self._ended = True
         deadline = time.monotonic() + _LAST_SECONDS
-        while time.monotonic() < deadline and any(node.working is not None for node in self._nodes.values()):
+        while (
+            not self._headless
+            and time.monotonic() < deadline
+            and any(node.working is not None for node in self._nodes.values())
+        ):
             self._poll()
+
+    def _lacks_head(self) -> bool:
+        """Whether the cluster has no head now. Its nodes go on for a while, so units are counted, and Ray is asked nothing.
+        Raises TaskError when that has lasted."""
+        lost = self._head.lost_seconds()
+        if lost and not self._headless:
+            self._note("the head of the cluster does not answer; its nodes are waited for")
+        self._headless = lost > 0
+        if lost > _HEAD_SECONDS:
+            raise TaskError(
+                "the head of the Ray cluster is lost; start a cluster, and the same command goes on from the units that "
+                "are made"
+            ) from ConnectionError(f"no answer for {lost:.0f} seconds")
+        if lost:
+            time.sleep(_POLL_SECONDS)
+        return self._headless
 
     def _left(self) -> int:
         done = {*claims.names_in(self._joint.home / claims.UNITS)}
@@ -272,11 +297,12 @@ class _Nodes:
             self.read_bytes += read_now - read_bytes
             self._listener(TaskDone(tensor, read_now - read_bytes, written_now - written_bytes, memory_bytes))
 
-    def _end(self, node: _Node, answer: tuple[int, int, int, int] | bytes) -> None:
+    def _end(self, node: _Node, answer: tuple[int, int, int, int, int] | bytes) -> None:
         node.working = None
         if isinstance(answer, tuple):
-            read_bytes, written_bytes, peak_bytes, startup_bytes = answer
+            read_bytes, written_bytes, peak_bytes, startup_bytes, asked_bytes = answer
             self._count(node, (node.told[0], read_bytes, written_bytes, startup_bytes + peak_bytes))
+            self.read_bytes += asked_bytes - read_bytes
             self.peak_bytes = max(self.peak_bytes, peak_bytes)
             self.startup_bytes = max(self.startup_bytes, startup_bytes)
             return
@@ -296,7 +322,7 @@ class _Nodes:
 
     def _kill(self, node: _Node) -> None:
         actor, node.actor, node.working, node.asked = node.actor, None, None, None
-        if actor is not None:
+        if actor is not None and not self._headless:
             self._ray.kill(actor)
 
     def close(self) -> None:

@@ -8,7 +8,6 @@ from typing import Any, Protocol, TypeVar
 
 from streammerge.kernels.chunk import Look, Step, Sweep
 from streammerge.kernels.pass_results import PassResults
-from streammerge.planning.budget import BEST_TILE_BYTES
 from streammerge.planning.tasks import MergeTask, Piece, PieceDone, alike, batches, pieces, where
 from streammerge.running.executors.base import Executor
 from streammerge.running.job import Job
@@ -49,14 +48,10 @@ def run_all(
     the order of the tasks instead, since the output is sent in parts. ``shared``: the passes of the only task, if other
     machines make them too.
 
-    A long tensor that merges of merges read several times is one worker's if its tiles hold it.
+    A long tensor with passes that read merges, or are made below one, is one worker's (:attr:`MergeTask.of_one`).
     """
     making = _Making(job, executor, tasks, wanted, inputs if job.budget.ahead_bytes else None, shared)
-    of_one: list[int] = []
-    if job.budget.tile_bytes > BEST_TILE_BYTES:
-        from streammerge.planning.repeated import is_alone  # here, because most merges have no stages
-
-        of_one = where(tasks, lambda task: is_alone(task, job.budget.tile_bytes))
+    of_one = where(tasks, lambda task: task.of_one)
     taken = set(of_one)
     long = [number for number in where(tasks, lambda task: task.spread) if number not in taken]
     apart = taken | set(long)
@@ -97,7 +92,7 @@ class _Making:
         yield from self._results(MergeWork(self.job), batches(independent, self.job.budget.out_bytes))
 
     def of_one(self, numbers: Sequence[int]) -> Generator[PieceDone, None, None]:
-        """Makes long tensors of which one worker makes each, since its tiles hold what the passes read again."""
+        """Makes long tensors of which one worker makes each, so that their passes are made once."""
         missing = (list(self._missing(number)) for number in numbers)
         yield from self._results(MergeWork(self.job, alone=True), filter(None, missing))
 
@@ -107,11 +102,14 @@ class _Making:
         if not any(map(self.wanted, pieces(task, number))):
             return
         record = PassResults() if shared is None else shared.record()
-        sweep: Sweep = sweep_on_all(self.job, self.executor, number, task, record, self.ahead)
+        asked: list[int] = []
+        sweep: Sweep = sweep_on_all(self.job, self.executor, number, task, record, self.ahead, asked.append)
         with failures(task, 0, task.elems):
             bind(task, sweep if shared is None else shared.over(sweep), record)
         spread = ([piece] for piece in self._missing(number))
-        yield from self._results(MergeWork(self.job, tuple(record.results)), spread)
+        for done in self._results(MergeWork(self.job, tuple(record.results)), spread):
+            yield done._replace(read_bytes=done.read_bytes + sum(asked)) if asked else done
+            asked.clear()
 
     def _missing(self, number: int) -> Iterator[Piece]:
         return filter(self.wanted, pieces(self.tasks[number], number))
@@ -133,8 +131,10 @@ def sweep_on_all(
     task: MergeTask,
     record: PassResults,
     ahead: InputFiles | None = None,
+    asked: Callable[[int], object] = lambda nbytes: None,
 ) -> Callable[..., Iterator[Any]]:
-    """Returns a sweep over the pieces of a long tensor by all workers. ``record``: the results of the previous passes."""
+    """Returns a sweep over the pieces of a long tensor by all workers. ``record``: the results of the previous passes.
+    ``asked`` is called with the bytes that each answer took to read."""
     from streammerge.running.sweeping import SweepWork
 
     def sweep(look: Look, step: Step[T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
@@ -149,7 +149,8 @@ def sweep_on_all(
         early: dict[int, T] = {}
         turn = 0
         with closing(executor.run(work, spans, backlog=executor.workers)) as results:
-            for at, result in results:
+            for at, result, nbytes in results:
+                asked(nbytes)
                 early[at] = result
                 while turn in early:
                     yield early.pop(turn)

@@ -4,7 +4,7 @@ all."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -13,6 +13,7 @@ from streammerge.events import Listener, Preparing, Published, RunFinished, RunS
 from streammerge.formats.records import CARD_FILE, RECEIPT_FILE
 from streammerge.planning.plan import Plan
 from streammerge.running import process
+from streammerge.running.finished import MeasuredTasks
 from streammerge.running.readback import receipt_of
 from streammerge.running.session import Run, RunOptions
 from streammerge.running.workspace import prepare_torch
@@ -25,9 +26,10 @@ from streammerge.units import binary_bytes, counted, decimal_bytes
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Result:
-    """The report of a run. Memory is resident bytes as the kernel counts them, worker processes included. ``peak_bytes``:
-    the most memory above ``startup_bytes``. ``measured``: for each task what was measured of its pieces, if it was asked
-    for (:attr:`PieceDone.measured`). ``nonfinite``: the count of NaN and infinity in each task that has any."""
+    """The report of a run. ``read_bytes``: what was asked of stores for tensors, in all passes and by all workers. Memory
+    is resident bytes as the kernel counts them, worker processes included. ``peak_bytes``: the most memory above
+    ``startup_bytes``. ``measured``: of each task, if it was asked for. ``nonfinite``: the count of NaN and infinity in each
+    task that has any. ``receipt_digest``: of the output's receipt, "" if this is not known."""
 
     out: Location
     read_bytes: int
@@ -39,8 +41,9 @@ class Result:
     plan: Plan
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
-    measured: Mapping[int, Sequence[bytes]] = field(default_factory=dict)
+    measured: MeasuredTasks | None = None
     nonfinite: Mapping[int, int] = field(default_factory=dict)
+    receipt_digest: str = ""
 
     def __repr__(self) -> str:
         return (
@@ -111,6 +114,7 @@ def execute(plan: Plan, options: RunOptions, resident_before: int) -> Result:
         (*plan.warnings, *made.warnings),
         made.measured,
         made.nonfinite,
+        made.receipt_digest,
     )
 
 

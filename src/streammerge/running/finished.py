@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
+from math import isfinite
 from typing import NamedTuple
 
 from streammerge.formats.base import LayoutFile
@@ -122,15 +123,13 @@ class FinishedPieces:
         return len(self._tasks)
 
     @property
-    def measured(self) -> Mapping[int, Sequence[bytes]]:
-        """The number of each task of which anything was measured -> what was measured of its pieces."""
-        return _MeasuredTasks(self)
-
-    def measured_of(self, number: int) -> list[bytes]:
-        """Returns what was measured of the pieces of a task."""
-        if self._measured is None:
-            return []
-        return [found for _, _, row in self._rows_of(number) if (found := self._measured.get(row))]
+    def measured(self) -> MeasuredTasks:
+        """What was measured of each task, its pieces together."""
+        count, own = len(self._tasks), self._measured
+        if own is None:
+            return MeasuredTasks(count, b"", 0, b"")
+        longs = [(number, long.first, -(-long.elems // long.piece_elems)) for number, long in self._long.items()]
+        return MeasuredTasks(count, own.norms, own.width, own.sizes, longs)
 
     @property
     def nbytes(self) -> int:
@@ -186,33 +185,52 @@ class _Measured:
     """What was measured of each row, up to ``width`` bytes."""
 
     def __init__(self, rows: int, width: int) -> None:
-        self._width, self._sizes, self._bytes = width, array("I", [0]) * rows, bytearray(rows * width)
+        self.width, self.sizes, self.norms = width, array("I", [0]) * rows, bytearray(rows * width)
 
     def put(self, row: int, measured: bytes) -> None:
-        self._sizes[row] = len(measured)
-        self._bytes[row * self._width : row * self._width + len(measured)] = measured
+        self.sizes[row] = len(measured)
+        self.norms[row * self.width : (row + 1) * self.width] = measured.ljust(self.width, b"\0")
 
     def get(self, row: int) -> bytes:
-        return bytes(self._bytes[row * self._width : row * self._width + self._sizes[row]])
+        return bytes(self.norms[row * self.width : row * self.width + self.sizes[row]])
 
 
-class _MeasuredTasks(Mapping[int, "list[bytes]"]):
-    """What was measured of each task of which anything was. It is looked up when it is asked for."""
+class MeasuredTasks:
+    """What was measured of each of ``count`` tasks.
 
-    def __init__(self, pieces: FinishedPieces) -> None:
-        self._pieces = pieces
+    ``norms``: rows of ``width`` bytes with the norms of pieces (:attr:`PieceDone.measured`), of which ``sizes`` are there.
+    The row of a task of one piece has its number. ``longs``: number, first row and number of rows of each other task.
+    """
 
-    def __getitem__(self, number: int) -> list[bytes]:
-        found = self._pieces.measured_of(number)
-        if not found:
-            raise KeyError(number)
-        return found
+    def __init__(
+        self,
+        count: int,
+        norms: bytes | bytearray,
+        width: int,
+        sizes: Sequence[int] | bytes,
+        longs: Sequence[tuple[int, int, int]] = (),
+    ) -> None:
+        self._count, self._norms, self._width, self._sizes, self._longs = count, norms, width, sizes, longs
 
-    def __iter__(self) -> Iterator[int]:
-        return (number for number in range(self._pieces.tasks) if self._pieces.measured_of(number))
+    def distances(self) -> list[list[float | None]]:
+        """Returns the distances of each task to its sources, relative to the norms of these; None for what is not known. A
+        task of which nothing was measured has none."""
+        if not self._width:
+            return [[]] * self._count
+        import numpy as np  # here, because most runs measure nothing
 
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
+        squares = np.frombuffer(self._norms, "<f4").reshape(-1, self._width // 4).astype(np.float64) ** 2
+        sums, sizes = squares[: self._count], np.frombuffer(self._sizes, np.uint32)[: self._count].copy()  # type: ignore[arg-type]
+        for number, first, rows in self._longs:
+            sums[number] = squares[first : first + rows].sum(0)
+            sizes[number] = max(self._sizes[first : first + rows])
+        apart, own = sums[:, ::2], sums[:, 1::2]
+        with np.errstate(all="ignore"):
+            found = np.where(own > 0, np.sqrt(apart / own), np.where(apart > 0, np.nan, 0.0))
+        known = (sizes // 8).tolist()
+        if np.isfinite(found).all():
+            return [each[:n] for each, n in zip(found.tolist(), known, strict=True)]
+        return [[d if isfinite(d) else None for d in each[:n]] for each, n in zip(found.tolist(), known, strict=True)]
 
 
 def tensor_sums(file: LayoutFile, parts: list[Part], kind: Checksum) -> dict[int, int]:

@@ -9,6 +9,7 @@ chunks, workers or the memory, and prefers no row or column of a matrix.
 from __future__ import annotations
 
 import math
+import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
@@ -69,8 +70,14 @@ def _spread(elems: int, count: int, length: int) -> np.ndarray[Any, Any]:
 
 
 _NOTHING: np.ndarray[Any, Any] = np.empty(0, np.int64)
-_Sample = tuple["np.ndarray[Any, Any]", Sequence[int], Sequence[int]]
-"""Elements of a sample in a chunk, counted from its begin; how many belong to each row, and the rows."""
+
+
+class _Sample(NamedTuple):
+    """Elements of a sample in a chunk, counted from its begin. ``rows`` have any, and theirs begin at ``begins``."""
+
+    places: np.ndarray[Any, Any]
+    rows: np.ndarray[Any, Any]
+    begins: np.ndarray[Any, Any]
 
 
 @lru_cache(maxsize=256)
@@ -82,36 +89,50 @@ def _of_one(elems: int, start: int, stop: int) -> np.ndarray[Any, Any]:
     return found
 
 
-class _Held(NamedTuple):
-    """Numbers of a sample: those of the result, then those of each source, in their own dtypes. ``counts``: how many
-    belong to each row."""
-
-    rows: Sequence[int]
-    counts: Sequence[int]
-    numbers: list[np.ndarray[Any, Any]]
-
-
 class Measuring:
-    """The sums of squares over the samples of one unit's pieces. ``rows``: the number of pieces."""
+    """The sums of squares over the samples of pieces. A worker has one, whose memory it uses again for each unit."""
 
-    def __init__(self, rows: int, inputs: int) -> None:
-        self._sums = np.zeros((rows, 2 * inputs))
-        self._inputs = [0] * rows
-        self._held: list[_Held] = []
+    def __init__(self) -> None:
+        self._sums = np.zeros((0, 0))
+        self._inputs: list[int] = []
         self._dtypes: tuple[torch.dtype, ...] = ()
         self._count = 0
+        self._rows: list[np.ndarray[Any, Any]] = []
+        self._begins: list[np.ndarray[Any, Any]] = []
         self._viewed: Inputs | None = None
         self._views: list[np.ndarray[Any, Any] | None] = []
+
+    def begin_unit(self, rows: int, inputs: int) -> None:
+        """Forgets the unit before. ``rows``: the number of pieces. ``inputs``: the most sources of one."""
+        self._sums = np.zeros((rows, 2 * inputs))
+        self._inputs = [0] * rows
+        self._count = 0
+        self._rows.clear()
+        self._begins.clear()
 
     def begin(self, row: int, parts: Sequence[Piece], source: Inputs) -> Taking:
         """Begins with neighbouring pieces, which are made as one. ``row``: the number of the first."""
         dtypes = parts[0].task.out.dtype.component.torch, *(source.dtype(n).torch for n in range(len(source)))
         if dtypes != self._dtypes:
             self._settle()
-            self._dtypes = dtypes
+            self._make_room(dtypes)
         for number in range(row, row + len(parts)):
             self._inputs[number] = len(source)
         return Taking(self, row, parts, source, self._views_of(source))
+
+    def _make_room(self, dtypes: tuple[torch.dtype, ...]) -> None:
+        """Takes memory for the numbers of a result and its sources, for their differences, and for squares: in float32, or
+        in float64 if any are wider than that."""
+        import torch
+
+        self._dtypes = dtypes
+        wide = np.float64 if torch.float64 in dtypes else np.float32
+        self._numbers = np.zeros((len(dtypes), _MOST_HELD), wide)
+        self._apart = np.empty((len(dtypes) - 1, _MOST_HELD), wide)
+        self._squared = np.empty_like(self._apart)
+        # bfloat16 is the first half of float32, and the other half stays zero
+        halves = self._numbers.view(np.uint16).reshape(*self._numbers.shape, -1)[..., sys.byteorder == "little" and -1]
+        self._into = [halves[n] if each == torch.bfloat16 and wide is np.float32 else None for n, each in enumerate(dtypes)]
 
     def _views_of(self, source: Inputs) -> list[np.ndarray[Any, Any] | None]:
         """Returns the bits of each source that is mapped."""
@@ -128,52 +149,60 @@ class Measuring:
         self._settle()
         self._sums[row : row + count] = 0.0
 
-    def hold(self, held: _Held) -> None:
-        self._held.append(held)
-        self._count += len(held.numbers[0])
-        if self._count >= _MOST_HELD:
-            self._settle()
+    def hold(self, row: int, sample: _Sample, bits: Sequence[np.ndarray[Any, Any]]) -> None:
+        """Takes the bits of a sample: of the result, and of each source. ``row``: of the first piece of the sample."""
+        done, size = 0, len(sample.places)
+        while done < size:
+            taken = min(size - done, _MOST_HELD - self._count)
+            whole = taken == size
+            first, last = (0, None) if whole else _overlapping(sample.begins, done, done + taken)
+            self._rows.append(sample.rows[first:last] + row)
+            self._begins.append(np.maximum(sample.begins[first:last] - done, 0) + self._count)
+            place = slice(self._count, self._count + taken)
+            for number, own in enumerate(bits):
+                part, into = own if whole else own[done : done + taken], self._into[number]
+                if into is None:
+                    self._numbers[number, place] = _widened(part, self._dtypes[number])
+                else:
+                    into[place] = part
+            self._count += taken
+            done += taken
+            if self._count == _MOST_HELD:
+                self._settle()
 
     def put_into(self, made: Sequence[PieceDone]) -> list[PieceDone]:
         """Returns the results of the pieces with what was measured."""
         self._settle()
-        norms = np.sqrt(self._sums).astype("<f4")
+        norms = np.sqrt(self._sums).astype("<f4").tobytes()
+        width = 4 * self._sums.shape[1]
         return [
-            PieceDone(
-                each.number, each.start, each.stop, each.checksum, each.nonfinite, each.found, norms[row, : 2 * n].tobytes()
-            )
-            if (n := self._inputs[row])
-            else each
+            PieceDone._make((*each[:-1], norms[row * width : row * width + 8 * n])) if (n := self._inputs[row]) else each
             for row, each in enumerate(made)
         ]
 
     def _settle(self) -> None:
         """Adds the sums of what is held."""
-        held, self._held, self._count = self._held, [], 0
-        if not held:
+        count, self._count = self._count, 0
+        if not count:
             return
-        counted = [(row, count) for each in held for row, count in zip(each.rows, each.counts, strict=True) if count]
-        rows, numbers = [row for row, _ in counted], self._widened(held)
-        if rows[0] == rows[-1]:
-            starts, own_rows = None, rows[:1]
-        else:
-            begins = [0, *accumulate(count for _, count in counted)]
-            firsts = [n for n, row in enumerate(rows) if not n or row != rows[n - 1]]
-            starts, own_rows = np.array([begins[n] for n in firsts]), [rows[n] for n in firsts]
+        rows, starts = np.concatenate(self._rows), np.concatenate(self._begins)
+        self._rows.clear()
+        self._begins.clear()
+        if len(rows) > 1:  # a row may have lain in several chunks
+            new = np.diff(rows, prepend=-1) != 0
+            rows, starts = rows[new], starts[new]
+        numbers, squared = self._numbers[:, :count], self._squared[:, :count]
         with np.errstate(all="ignore"):
-            apart, norm = squares(numbers[0] - numbers[1:], numbers[1:], starts)
+            apart = np.subtract(numbers[0], numbers[1:], out=self._apart[:, :count])
+            away, norm = squares(apart, numbers[1:], starts if len(starts) > 1 else None, squared)
         most = 2 * len(numbers) - 2
-        self._sums[own_rows, :most:2] += apart
-        self._sums[own_rows, 1:most:2] += norm
+        self._sums[rows, :most:2] += away
+        self._sums[rows, 1:most:2] += norm
 
-    def _widened(self, held: Sequence[_Held]) -> np.ndarray[Any, Any]:
-        """Returns what is held as rows of numbers in float32, or in float64 if any are wider than that."""
-        columns = [list(own) for own in zip(*(each.numbers for each in held), strict=True)]
-        dtypes = self._dtypes
-        if len(set(dtypes)) == 1:  # all in one, since each call costs more than its numbers
-            columns, dtypes = [[part for own in columns for part in own]], dtypes[:1]
-        made = [_widened(np.concatenate(own), dtype) for own, dtype in zip(columns, dtypes, strict=True)]
-        return (made[0] if len(made) == 1 else np.stack(made)).reshape(len(self._dtypes), -1)
+
+def _overlapping(begins: np.ndarray[Any, Any], start: int, stop: int) -> tuple[int, int]:
+    """Returns the first and the last but one of the stretches that begin at ``begins``, of which a part lies there."""
+    return int(np.searchsorted(begins, start, "right")) - 1, int(np.searchsorted(begins, stop))
 
 
 class Taking:
@@ -192,9 +221,7 @@ class Taking:
         self._sizes = [part.stop - part.start for part in parts]
         self._begins = [0, *accumulate(self._sizes)]
         self._span = (-1, -1)
-        self._places = _NOTHING
-        self._counts: Sequence[int] = []
-        self._rows: Sequence[int] = [row]
+        self._of_row, self._sample = row, _Sample(_NOTHING, _NOTHING, _NOTHING)
         self._taken: dict[int, np.ndarray[Any, Any]] = {}
         self._mapped = views
         bits = parts[0].task.out.dtype.component.element_bytes
@@ -205,7 +232,12 @@ class Taking:
     def _read(self, number: int, start: int, stop: int) -> torch.Tensor:
         """Reads a source, and takes its sample if it is the whole chunk. So nothing is read twice."""
         found = self._source.read(number, start, stop)
-        if self._mapped[number] is None and number not in self._taken and self._span == (start, stop) and len(self._places):
+        if (
+            self._mapped[number] is None
+            and number not in self._taken
+            and self._span == (start, stop)
+            and len(self._sample.places)
+        ):
             self._take(number, found)
         return found
 
@@ -213,63 +245,61 @@ class Taking:
         import torch
 
         bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[found.dtype.itemsize]
-        self._taken[number] = found.view(bits).numpy().take(self._places)
+        self._taken[number] = found.view(bits).numpy().take(self._sample.places)
 
     def move_to(self, start: int, stop: int) -> None:
         """Begins a chunk."""
         self._span = start, stop
         self._taken.clear()
         if len(self._sizes) == 1:
-            self._places = _of_one(self._sizes[0], start - self._first, stop - self._first)
-            self._counts = [len(self._places)]
+            found = _of_one(self._sizes[0], start - self._first, stop - self._first)
+            self._sample = _Sample(found, _FIRST, _FIRST)
         else:
-            self._places, self._counts, self._rows = self._sample(start - self._first, stop - self._first)
+            start, stop = start - self._first, stop - self._first
+            first = bisect_right(self._begins, start) - 1
+            last = bisect_left(self._begins, stop)
+            self._of_row = self._row + first
+            self._sample = _of_many(tuple(self._sizes[first:last]), start - self._begins[first], stop - start)
 
     def made(self, out: memoryview) -> None:
         """Takes the sample of the chunk's result, and of all sources that were not read."""
-        if not len(self._places):
+        places = self._sample.places
+        if not len(places):
             return
         start, stop = self._span
-        numbers = [np.frombuffer(out, self._out_bits).take(self._places)]
+        bits = [np.frombuffer(out, self._out_bits).take(places)]
+        first = self._source.first + start
         for number, mapped in enumerate(self._mapped):
             if mapped is not None:
-                first = self._source.first + start
-                numbers.append(mapped[first : first + stop - start].take(self._places))
+                bits.append(mapped[first : first + stop - start].take(places))
                 continue
             if number not in self._taken:
                 self._take(number, self._source.read(number, start, stop))
-            numbers.append(self._taken[number])
-        self._measuring.hold(_Held(self._rows, self._counts, numbers))
+            bits.append(self._taken[number])
+        self._measuring.hold(self._of_row, self._sample, bits)
 
-    def _sample(self, start: int, stop: int) -> _Sample:
-        """Returns the sample in a chunk of all pieces together."""
-        first = bisect_right(self._begins, start) - 1
-        last = bisect_left(self._begins, stop)
-        sizes = tuple(self._sizes[first:last])
-        found, counts = _of_many(sizes, start - self._begins[first], stop - start)
-        return found, counts, range(self._row + first, self._row + last)
+
+_FIRST: np.ndarray[Any, Any] = np.zeros(1, np.int64)
 
 
 @lru_cache(maxsize=8)
-def _of_many(sizes: tuple[int, ...], skipped: int, length: int) -> tuple[np.ndarray[Any, Any], list[int]]:
-    """Returns the sample in ``length`` elements of neighbouring pieces, counted from their begin, and how many belong to
-    each piece. ``skipped``: elements of the first piece before these."""
+def _of_many(sizes: tuple[int, ...], skipped: int, length: int) -> _Sample:
+    """Returns the sample in ``length`` elements of neighbouring pieces, counted from their begin. ``skipped``: elements of
+    the first piece before these."""
     found, counts, begin = list[np.ndarray[Any, Any]](), list[int](), -skipped
     for size in sizes:
         own = _of_one(size, max(-begin, 0), min(length - begin, size))
         found.append(own + max(begin, 0))
         counts.append(len(own))
         begin += size
-    return np.concatenate(found), counts
+    rows = np.flatnonzero(counts)
+    return _Sample(np.concatenate(found), rows, (np.cumsum(counts) - counts)[rows])
 
 
 def _widened(bits: np.ndarray[Any, Any], dtype: torch.dtype) -> np.ndarray[Any, Any]:
     """Returns numbers in float32, or in float64 if they are wider than that."""
     import torch
 
-    if dtype == torch.bfloat16:  # numpy takes less time to begin
-        found: np.ndarray[Any, Any] = (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-        return found
     if dtype in (torch.float32, torch.float64):
         same: np.ndarray[Any, Any] = bits.view(np.float32 if dtype == torch.float32 else np.float64)
         return same
@@ -277,30 +307,27 @@ def _widened(bits: np.ndarray[Any, Any], dtype: torch.dtype) -> np.ndarray[Any, 
 
 
 def squares(
-    apart: np.ndarray[Any, Any], own: np.ndarray[Any, Any], starts: np.ndarray[Any, Any] | None
+    apart: np.ndarray[Any, Any],
+    own: np.ndarray[Any, Any],
+    starts: np.ndarray[Any, Any] | None,
+    room: np.ndarray[Any, Any] | None = None,
 ) -> list[np.ndarray[Any, Any]]:
     """Returns the sums of squares of rows of numbers, for each stretch that begins at ``starts``, None for one stretch:
-    stretches x rows. Leaves out where ``apart`` is NaN or infinite, since those are counted elsewhere."""
-    made = [_squares(rows, starts) for rows in (apart, own)]
+    stretches x rows. Leaves out where ``apart`` is NaN or infinite, since those are counted elsewhere. ``room``: memory for
+    squares."""
+    made = [_squares(rows, starts, room) for rows in (apart, own)]
     least, most = (0.0, math.inf) if apart.itemsize == 8 else (_SMALL, _LARGE)
     if all(sums.min() >= least and sums.max() < most for sums in made):
         return made
     there = np.isfinite(apart)
-    return [_squares(np.where(there, rows, 0).astype(np.float64), starts) for rows in (apart, own)]
+    return [_squares(np.where(there, rows, 0).astype(np.float64), starts, None) for rows in (apart, own)]
 
 
-def _squares(rows: np.ndarray[Any, Any], starts: np.ndarray[Any, Any] | None) -> np.ndarray[Any, Any]:
+def _squares(
+    rows: np.ndarray[Any, Any], starts: np.ndarray[Any, Any] | None, room: np.ndarray[Any, Any] | None
+) -> np.ndarray[Any, Any]:
     if starts is None:
         whole: np.ndarray[Any, Any] = np.einsum("ij,ij->i", rows, rows)[None]
         return whole
-    parts: np.ndarray[Any, Any] = np.add.reduceat(rows * rows, starts, axis=1).T
+    parts: np.ndarray[Any, Any] = np.add.reduceat(np.multiply(rows, rows, out=room), starts, axis=1).T
     return parts
-
-
-def distances(measured: Sequence[bytes]) -> list[float | None]:
-    """Returns the distance of a tensor to each input, relative to the input's norm; None if it is not known. ``measured``:
-    see :attr:`PieceDone.measured`, of each piece."""
-    squared = [[norm * norm for norm in memoryview(each).cast("f")] for each in measured]
-    sums = [sum(each) for each in zip(*squared, strict=True)]
-    pairs = zip(sums[::2], sums[1::2], strict=True)
-    return [math.sqrt(apart / own) if own else (None if apart else 0.0) for apart, own in pairs]

@@ -51,11 +51,13 @@ def nonfinite_of(out: torch.Tensor, kernel: Kernel, row: int, chunk: Chunk, sour
 
 def culprit(sources: Sequence[Source], origin: str, opened: Callable[[Location], Input]) -> str:
     """Says in brackets which tensor of a file has NaN or infinity, if the input with this origin is made of several
-    tensors, like a base with an adapter; "" otherwise. Reads them. ``opened``: opens a file."""
+    tensors, like a base with an adapter; "" otherwise, and where some must be unpacked first. Reads them. ``opened``: opens
+    a file."""
     from streammerge.sources.base import Allocated
+    from streammerge.sources.deflated import records
     from streammerge.sources.wide import not_finite
 
-    source = next((each for each in sources if each.parts and each.origin == origin), None)
+    source = next((each for each in sources if each.parts and each.origin == origin and not any(records(each))), None)
     found = None if source is None else not_finite(source, Allocated(opened))
     if found is None or not found.blobs:
         return ""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from streammerge.running import process
 from streammerge.running.choosing import executor_of
 from streammerge.running.engine import modules_of, run_all
 from streammerge.running.executors.base import Executor, Executors
-from streammerge.running.finished import FinishedPieces, other_sum, tensor_sums
+from streammerge.running.finished import FinishedPieces, MeasuredTasks, other_sum, tensor_sums
 from streammerge.running.job import Job, OutputPlace, lent, new_key
 from streammerge.running.nonfinite import culprit
 from streammerge.running.readback import check_structure
@@ -79,6 +79,7 @@ class Run:
         self._tasks = plan.tasks
         self._turned_nonfinite: dict[int, dict[str, int]] = {}
         self._turned_measured: dict[int, bytes] = {}
+        self.receipt_digest = ""
         self._done = FinishedPieces(plan.tasks, [file.name for file in plan.layout.files])
         self._inputs = InputFiles(plan.identities, options.polite, plan.budget.ahead_bytes or LEAST_AHEAD_BYTES)
         self._outputs: list[Output] = []
@@ -320,7 +321,7 @@ class Run:
         missing = [task for number, task in tasks if any(map(self._wanted, pieces(task, number)))]
 
         def told(tensor: str, record: PackedRecord) -> None:
-            self.read_bytes += record.nbytes
+            self.read_bytes += record.compressed_bytes
             self.listener(Spooled(tensor, record.nbytes))
 
         def create(size: int) -> Output:
@@ -338,7 +339,7 @@ class Run:
         for number, done in turning.make(self._executor, self._inputs):
             task = self._tasks[number]
             self._turned_nonfinite[number], self._turned_measured[number] = done.nonfinite, done.measured
-            self.read_bytes += task.read_bytes
+            self.read_bytes += done.read_bytes
             self.listener(Spooled(task.out.name, task.read_bytes))
         self._tasks = turning.tasks
 
@@ -380,7 +381,7 @@ class Run:
             for done in results:
                 piece = done.piece(self._tasks)
                 finished = self.take(piece, done)
-                self.read_bytes += piece.read_bytes
+                self.read_bytes += done.read_bytes
                 self.listener(TaskDone(piece.task.out.name, piece.read_bytes, finished.nbytes, held.now()))
         self._inputs.halted_by(lambda: None)  # the workers have ended, and side files are still to be read
 
@@ -408,7 +409,7 @@ class Run:
         return Finished(*piece.key, file, piece.offset, piece.nbytes, done.checksum, found, measured.hex())
 
     @property
-    def measured(self) -> Mapping[int, Sequence[bytes]]:
+    def measured(self) -> MeasuredTasks:
         """What was measured of the pieces of each task, by this run and by the one that it continues."""
         return self._done.measured
 
@@ -473,6 +474,7 @@ class Run:
             starts[name] = own if file.seal is not None else {}
         sums |= {name: [self._copy_side_file(source, name)] for source, name in layout.side_files}
         receipt = layout.receipt.filled(sums, hashes)
+        self.receipt_digest = receipt.digest
         for file, output in zip(layout.files, self._outputs, strict=True):
             final = written_like(receipt, file.receipt) if file.receipt else b""
             for literal in file.around(starts[file.name], final):

@@ -6,10 +6,10 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from streammerge.errors import StreammergeError, VerifyError, listed, printable
+from streammerge.errors import StreammergeError, VerifyError, printable
 from streammerge.events import Listener, RunFinished, RunStarted, Spooled, Suspended, TaskDone, Told, quiet
 from streammerge.kernels.agreed import AGREED
 from streammerge.planning.plan import Plan
@@ -21,6 +21,7 @@ from streammerge.running.engine import SharedPasses, modules_of, run_all
 from streammerge.running.execution import tell_and_prepare
 from streammerge.running.executors.base import Executor, Executors
 from streammerge.running.job import Bench, Job, OutputPlace, lent, new_key
+from streammerge.running.nonfinite import culprit
 from streammerge.running.sending import Sending
 from streammerge.running.spooling import spooled_tasks
 from streammerge.running.turning import Turning
@@ -232,7 +233,7 @@ class Share:
             return made
 
         def told(tensor: str, record: PackedRecord) -> None:
-            self.read_bytes += record.nbytes
+            self.read_bytes += record.compressed_bytes
             self.listener(Spooled(tensor, record.nbytes))
 
         try:
@@ -241,7 +242,7 @@ class Share:
             met: dict[int, dict[str, int]] = {}
             for number, done in turning.make(executor, inputs):
                 met[number] = done.nonfinite
-                self.read_bytes += tasks[number].read_bytes
+                self.read_bytes += done.read_bytes
                 self.listener(Spooled(tasks[number].out.name, tasks[number].read_bytes))
             passes = self._exchange(unit, tasks[0], keeping.claims) if unit.exchanges else None
             with (
@@ -250,7 +251,7 @@ class Share:
             ):
                 for done in results:
                     found = done.nonfinite | met.pop(done.number, {})
-                    own = replace(done, number=unit.start + done.number, nonfinite=found)
+                    own = done._replace(number=unit.start + done.number, nonfinite=found)
                     self._finished(own.piece(self._tasks), own, keeping)
         finally:
             inputs.close()
@@ -267,7 +268,7 @@ class Share:
 
     def _finished(self, piece: Piece, done: PieceDone, keeping: _Keeping) -> None:
         self._refuse_nonfinite(piece, done)
-        self.read_bytes += piece.read_bytes
+        self.read_bytes += done.read_bytes
         self.written_bytes += piece.nbytes
         self.listener(TaskDone(piece.task.out.name, piece.read_bytes, piece.nbytes, self._held.now()))
         keeping.add(piece, done)
@@ -276,7 +277,10 @@ class Share:
         found = {name: count for name, count in done.nonfinite.items() if name != AGREED}
         if found and not self.plan.recipe.allow_nonfinite:
             self.inputs.check_unchanged()  # an input that is overwritten may show as NaN
-            counts = listed([f"{count} in {name}" for name, count in sorted(found.items())])
+            sources, get = piece.task.sources, self.inputs.get
+            counts = ", ".join(
+                f"{count} in {printable(name)}{culprit(sources, name, get)}" for name, count in sorted(found.items())
+            )
             raise VerifyError(
                 f"the merge holds NaN or infinite values, so there is no output; save the plan with `allow_nonfinite=True` "
                 f"to write it all the same: {printable(piece.task.out.name)}: {counts}"

@@ -62,15 +62,16 @@ class SweepWorker(Worker):
             else:
                 raise ValueError(OTHER_PASSES)
 
-    def run(self, span: Span) -> tuple[int, Any]:
-        """Returns the number of the span, and the answer of the step."""
+    def run(self, span: Span) -> tuple[int, Any, int]:
+        """Returns the number of the span, the answer of the step, and the bytes that were asked of stores."""
         number, start, stop = span
+        asked = self.workspace.asked_bytes
         task, step = self._task, self._work.step
         with failures(task, start, stop):
             source = self.source(task, keep=False)
             answer = step(self._look, self.chunks(task, source, start, stop, self._work.sparse))
         self.bench.inputs.check_whole()
-        return number, answer
+        return number, answer, self.workspace.asked_bytes - asked
 
 
 def _reach(look: Look, step: Step[T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:

@@ -92,8 +92,10 @@ class TogetherWorker(MergeWorker):
         self._tiles = Tiles()
 
     def run(self, unit: Common) -> list[tuple[int, PieceDone]]:  # type: ignore[override]
-        """Computes and writes the pieces of all outputs. Returns the number of the output with each."""
+        """Computes and writes the pieces of all outputs. Returns the number of the output with each. The last one says what
+        was read for all."""
         self.one_torch_thread()
+        asked = self.workspace.asked_bytes
         outgoing, targets = list[Outgoing](), []
         for batch, buffer in zip(unit.batches, self._buffers, strict=False):
             targets.append(self.job.destinations[batch[0].task.file].open(self.bench))
@@ -109,6 +111,8 @@ class TogetherWorker(MergeWorker):
         self.bench.inputs.check_whole()
         for target in targets:
             target.found()
+        number, done = made[-1]
+        made[-1] = number, done._replace(read_bytes=self.workspace.asked_bytes - asked)
         return made
 
     def _stretch(
@@ -349,7 +353,7 @@ class Together:
                         piece = done.piece(self.plans[number].tasks)
                         finished = runs[number].take(piece, done)
                         nbytes = piece.read_bytes if number == made[0][0] else 0  # all outputs have read the same
-                        read_bytes += nbytes
+                        read_bytes += done.read_bytes
                         tell(TaskDone(piece.task.out.name, nbytes, finished.nbytes, gauge.now()))
             for run in runs:
                 run.peak_bytes, run.startup_bytes = max(run.peak_bytes, used.peak_bytes), used.startup_bytes
@@ -415,6 +419,7 @@ def _are_alike(tasks: Sequence[MergeTask]) -> bool:
             task.out.dtype.component.element_bytes * task.row > _OUT_BYTES[-1]
             or task.out.shape != first.out.shape
             or task.spread
+            or task.of_one
             or task.to_turn
             or task.method.whole
             or task.row != row
@@ -460,7 +465,7 @@ def _spooled(together: Together, runs: Sequence[Run], inputs: InputFiles, tell: 
         return
 
     def told(tensor: str, record: PackedRecord) -> None:
-        runs[0].read_bytes += record.nbytes
+        runs[0].read_bytes += record.compressed_bytes
         tell(Spooled(tensor, record.nbytes))
 
     def lacks(task: MergeTask, numbers: list[int]) -> bool:

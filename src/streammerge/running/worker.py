@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from streammerge.errors import StreammergeError, TaskError, printable
@@ -107,7 +106,7 @@ class MergeWorker(Worker):
 
     def run(self, batch: list[Piece]) -> list[PieceDone]:
         """Computes and writes pieces. Errors that are not streammerge's own come out as TaskError."""
-        first = batch[0]
+        first, asked = batch[0], self.workspace.asked_bytes
         if not first.whole:
             task = self.bench.same(first.number, first.task)
             batch = [piece._replace(task=task) for piece in batch]
@@ -119,10 +118,11 @@ class MergeWorker(Worker):
         if self.job.measures:
             from streammerge.running.measuring import Measuring  # here, because most runs measure nothing
 
-            self._measuring = Measuring(len(batch), max([len(piece.task.sources) for piece in batch]))
+            self._measuring = self._measuring or Measuring()
+            self._measuring.begin_unit(len(batch), max([len(piece.task.sources) for piece in batch]))
         target = self.job.destinations[batch[0].task.file].open(self.bench)
         if self._alone:
-            return self._checked(self._all_of(batch, target), target)
+            return self._checked(self._all_of(batch, target), target, asked)
         outgoing = Outgoing(target.write_full, self.workspace.octets("out"), first.offset)
         made: list[PieceDone] = []
         for stretch in stretches(batch, self.job.budget.kept_bytes):
@@ -135,16 +135,17 @@ class MergeWorker(Worker):
                     self._one(piece, outgoing, row) for row, piece in enumerate(stretch, len(made))
                 ]
         outgoing.flush()
-        return self._checked(made, target)
+        return self._checked(made, target, asked)
 
-    def _checked(self, made: list[PieceDone], target: Target) -> list[PieceDone]:
-        """Returns the results of a unit, the last one with the finding of the unit's target."""
+    def _checked(self, made: list[PieceDone], target: Target, asked: int) -> list[PieceDone]:
+        """Returns the results of a unit, the last one with the finding of the unit's target, and with all that was read.
+
+        ``asked``: what the worker had asked of stores before the unit.
+        """
         self.bench.inputs.check_whole()
         if self._measuring is not None:
             made = self._measuring.put_into(made)
-        found = target.found()
-        if found is not None:
-            made[-1] = replace(made[-1], found=found)
+        made[-1] = made[-1]._replace(found=target.found(), read_bytes=self.workspace.asked_bytes - asked)
         return made
 
     def _together(self, stretch: list[Piece], outgoing: Outgoing, row: int) -> list[PieceDone] | None:
@@ -238,13 +239,13 @@ class MergeWorker(Worker):
         """Computes pieces of one long tensor. The passes sweep it piece by piece, as many workers would do."""
         self.one_torch_thread()
         task, made = batch[0].task, list[PieceDone]()
-        source = self.source(task, keep=False)
 
         def sweep(look: Look, step: Step[T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
             for begin, end in ranges(stop - start, task.piece_elems):
                 yield step(look, self.chunks(task, source, start + begin, start + end, sparse))
 
         with failures(task, 0, task.elems):
+            source = self.source(task, keep=False)
             kernel = None if task.verbatim else bind(task, sweep, spills=self.bench.spill)
         for row, piece in enumerate(batch):
             outgoing = Outgoing(target.write_full, self.workspace.octets("out"), piece.offset)
@@ -274,6 +275,7 @@ class MergeWorker(Worker):
         for start, stop in ranges(piece.nbytes, min(COPY_BYTES, self.job.budget.out_bytes)):
             self.host.check()
             part = outgoing.room(stop - start)
+            self.workspace.asked_bytes += len(part)
             source.read_into(part, begin + start)
             value = self.job.checksum.update(part, value)
         source.release(begin, piece.nbytes)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from streammerge.errors import RecipeError, printable
 from streammerge.kernels.chunk import Slot, shown
 from streammerge.planning.budget import Budget, regions
-from streammerge.sources.base import BlobPath, Reader, Source, region_bytes
+from streammerge.sources.base import BlobPath, File, Reader, Source, region_bytes
+from streammerge.sources.remembered import Remembered
 from streammerge.sources.stored import Stored
 from streammerge.stores.base import Input
 from streammerge.stores.inputs import InputFiles
@@ -63,6 +64,9 @@ class Workspace:
         self.mapped, self.read = Spans(budget.kept_bytes), Spans(budget.kept_bytes)
         self.announced_elems = budget.window_bytes // 4 // max(budget.cost.mapped, 1)
         self.tile_bytes = budget.tile_bytes
+        self.remembered_bytes, self.chunk_elems = budget.remembered_bytes, budget.chunk_elems
+        self.asked_bytes = 0
+        """What the worker has asked of stores so far: all that it read, and each mapped part that it looked at."""
         self._regions = regions(budget)
         self._compute_bytes = budget.cost.compute
         self._slots, self._most_slots = self._regions["slots"], budget.cost.buffers
@@ -230,14 +234,17 @@ class Inputs:
             for number, stored in enumerate(self._stored):
                 if stored is None and sources[number].spec.numel:
                     self._readers[number] = sources[number].open(room)
+            room.prepare()
         self._remote = files.ahead_bytes > 0 and files.reads_ahead
         self._wholes: list[torch.Tensor | None] | None = None
         self.first = 0
         self._next_read = self._begin = self._end = 0
+        self._looked: list[tuple[int, int]] = [(0, 0)] * len(sources)
+        """The elements of each source that were looked at last while they are mapped."""
         self._elems = max([s.spec.component_elems for s in sources])
         self._kept: list[int] | None = None
         """Offset of each source in the region of kept inputs."""
-        if sum(_rounded(s.spec.nbytes) for s in sources) <= keep_bytes:
+        if sum(_rounded(s.spec.nbytes) for s in sources) <= keep_bytes and Remembered not in map(type, sources):
             self._keep_all()
 
     def __len__(self) -> int:
@@ -280,6 +287,9 @@ class Inputs:
                 self._wholes = self._mapped_wholes()
             whole = self._wholes[source]
             if whole is not None:
+                begin, end = self._looked[source]
+                if not begin <= start <= stop <= end:
+                    self._look(source, start, stop)
                 return whole[start:stop]
         dtype = self._dtypes[source]
         size, elems = dtype.element_bytes, stop - start
@@ -294,6 +304,12 @@ class Inputs:
             return torch.frombuffer(made, dtype=dtype.torch)
         return self._workspace.numbers(region, dtype.torch, elems)
 
+    def _look(self, source: int, start: int, stop: int) -> None:
+        """Counts mapped elements that a worker looks at. It looks at those of a chunk several times, and asks once."""
+        begin, end = self._looked[source]
+        self._looked[source] = (begin, stop) if start == end else (start, stop)
+        self._workspace.asked_bytes += (stop - start) * self._dtypes[source].element_bytes
+
     def read_into(self, source: int, start: int, stop: int, out: memoryview) -> None:
         """Reads the bytes of elements ``start`` to ``stop`` of a source into ``out``."""
         made = self._read_bytes(source, start, stop, out)
@@ -307,7 +323,9 @@ class Inputs:
             if self._remote:
                 held = stored[0].held(begin, len(out))
                 if held is not None:
+                    self._workspace.asked_bytes += len(out)
                     return held
+            self._workspace.asked_bytes += len(out)
             stored[0].read_into(out, begin)
             return out
         reader = self._readers[source] if self._readers else None
@@ -348,6 +366,19 @@ class Inputs:
             self._workspace.mapped.add(ranges)
 
 
+class _Counted:
+    """A file whose bytes are counted as they are read."""
+
+    __slots__ = ("_file", "_workspace")
+
+    def __init__(self, workspace: Workspace, file: Input) -> None:
+        self._workspace, self._file = workspace, file
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        self._workspace.asked_bytes += len(buffer)
+        self._file.read_into(buffer, offset)
+
+
 class WorkerRoom:
     """The room that a worker offers to the readers of one task: regions of its buffers, handed out in order."""
 
@@ -359,12 +390,15 @@ class WorkerRoom:
         self.nonfinite: dict[str, int] = {}
         self._kernels = workspace.kernels_of(sources)
         self._readers: dict[tuple[object, ...], Reader] = {}
+        self._first: list[Callable[[], object]] = []
+        self._sources = sources
+        self._shares: dict[tuple[object, ...], tuple[memoryview, memoryview]] | None = None
 
-    def file(self, path: BlobPath) -> Input:
-        return self._files.get(path)
+    def file(self, path: BlobPath) -> File:
+        return _Counted(self._workspace, self._files.get(path))
 
     def touched(self, path: BlobPath, offset: int, nbytes: int) -> None:
-        self._workspace.read.add([(self.file(path), offset, offset + nbytes)])
+        self._workspace.read.add([(self._files.get(path), offset, offset + nbytes)])
 
     def take(self, nbytes: int) -> memoryview:
         part = self._workspace.octets("reader scratch", nbytes, self._taken)
@@ -378,6 +412,26 @@ class WorkerRoom:
         nbytes = self._workspace.tile_bytes
         self._tiles += 1
         return self._workspace.octets("reader tiles", nbytes, (self._tiles - 1) * nbytes)
+
+    def remembered(self, source: Source) -> tuple[memoryview, memoryview]:
+        if self._shares is None:
+            self._shares = self._shared_out()
+        return self._shares[source.place]
+
+    def _shared_out(self) -> dict[tuple[object, ...], tuple[memoryview, memoryview]]:
+        """Returns the memory of each tensor that readers of this task remember."""
+        from streammerge.planning.repeated import graph, shares  # here, because most merges have no stages
+
+        of, numbers = graph(self._sources)
+        given = shares(of, self._workspace.remembered_bytes, self._workspace.chunk_elems)
+        made, cursor = dict[tuple[object, ...], tuple[memoryview, memoryview]](), 0
+        for place, number in numbers.items():
+            parts = []
+            for nbytes in given[number]:
+                parts.append(self._workspace.octets("remembered", nbytes, cursor))
+                cursor += region_bytes(nbytes)
+            made[place] = parts[0], parts[1]
+        return made
 
     def shared(self, nbytes: int) -> memoryview:
         return self._workspace.octets("reader shared", nbytes)
@@ -393,6 +447,13 @@ class WorkerRoom:
         if place not in self._readers:
             self._readers[place] = make()
         return self._readers[place]
+
+    def first(self, make: Callable[[], object]) -> None:
+        self._first.append(make)
+
+    def prepare(self) -> None:
+        while self._first:
+            self._first.pop(0)()
 
 
 def _rounded(nbytes: int) -> int:

@@ -34,7 +34,8 @@ class Needs:
     ``scratch_bytes``: its own region of the worker's buffers; readers get it from :meth:`Room.take`. ``shared_bytes``: a
     region that all readers of the worker share, valid within one call of ``read``. ``tiles``: how many tiles it wants (a
     tile holds elements read ahead; the budget sets its size, which may be 0). ``held_bytes``: what it holds outside the
-    worker's buffers. ``computes``: whether torch takes part.
+    worker's buffers. ``passes_bytes``: what it holds there while it looks at a whole tensor before it is read
+    (:meth:`Room.first`). ``computes``: whether torch takes part.
     """
 
     scratch_bytes: int = 0
@@ -42,6 +43,7 @@ class Needs:
     tiles: int = 0
     held_bytes: int = 0
     computes: bool = False
+    passes_bytes: int = 0
 
     def __add__(self, other: Needs) -> Needs:
         return Needs(
@@ -50,6 +52,7 @@ class Needs:
             self.tiles + other.tiles,
             self.held_bytes + other.held_bytes,
             self.computes or other.computes,
+            max(self.passes_bytes, other.passes_bytes),
         )
 
 
@@ -83,6 +86,11 @@ class Room(Protocol):
         """Returns a tile for this reader alone. :attr:`Needs.tiles` counts it."""
         ...
 
+    def remembered(self, source: Source) -> tuple[memoryview, memoryview]:
+        """Returns the memory for what readers of ``source`` remember: of its first elements, and of those read last. Either
+        may be empty."""
+        ...
+
     def shared(self, nbytes: int) -> memoryview:
         """Returns a region that other readers use too. It is valid within one call of ``read``."""
         ...
@@ -93,6 +101,14 @@ class Room(Protocol):
 
     def common(self, source: Source, make: Callable[[], Reader]) -> Reader:
         """Returns the one reader of a source in this room. ``make`` makes it when it is asked for first."""
+        ...
+
+    def first(self, make: Callable[[], object]) -> None:
+        """Says what a reader must make before it is read. Readers of inner sources say it before."""
+        ...
+
+    def prepare(self) -> None:
+        """Makes all that readers must make first, one after the other, in the order in which they have said it."""
         ...
 
     def halt(self) -> None:
@@ -254,13 +270,14 @@ def _plain(value: Any) -> Any:
 class Allocated:
     """A room that allocates new memory. It serves to read a source outside a run, in tests and notebooks.
 
-    ``files`` opens a blob's path. ``tile_bytes``: the size of a tile.
+    ``files`` opens a blob's path. ``tile_bytes``: the size of a tile, and of what is remembered of each source.
     """
 
     def __init__(self, files: Callable[[Any], File] | None = None, tile_bytes: int = 1 << 20) -> None:
         self._files, self._tile_bytes = files, tile_bytes
         self._made: dict[int, tuple[Source, Any]] = {}
         self._readers: dict[tuple[object, ...], Reader] = {}
+        self._first: list[Callable[[], object]] = []
         self._lock = threading.RLock()  # a value may be made of others that are made once
 
     def file(self, path: BlobPath) -> File:
@@ -277,6 +294,10 @@ class Allocated:
     def tile(self) -> memoryview:
         return memoryview(bytearray(self._tile_bytes))
 
+    def remembered(self, source: Source) -> tuple[memoryview, memoryview]:
+        whole = memoryview(bytearray(min(source.nbytes, self._tile_bytes)))
+        return (whole, whole[:0]) if len(whole) == source.nbytes else (whole[:0], whole)
+
     def shared(self, nbytes: int) -> memoryview:
         return memoryview(bytearray(nbytes))
 
@@ -291,8 +312,17 @@ class Allocated:
             self._readers[source.place] = make()
         return self._readers[source.place]
 
+    def first(self, make: Callable[[], object]) -> None:
+        self._first.append(make)
+
+    def prepare(self) -> None:
+        with self._lock:
+            while self._first:
+                self._first.pop(0)()
+
     def forget(self) -> None:
         """Gives back what readers keep here. They hold the room too, so else all stays until cycles are searched."""
+        self._first.clear()
         self._made.clear()
         self._readers.clear()
 

@@ -51,8 +51,8 @@ class Merged(Source):
         scratch += region_bytes(self.spec.dtype.component.element_bytes * self.span)
         held = self.method.held_bytes(self.row, len(models))
         held += self.method.whole_bytes(self.shape, len(models) - self.based, self.parameters, self.turned)
-        held += held_bytes(self.spec.component_elems, self.method.searches * len(models))
-        needed = Needs(scratch_bytes=scratch, held_bytes=held, computes=True)
+        passes = held_bytes(self.spec.component_elems, self.method.searches * len(models))
+        needed = Needs(scratch_bytes=scratch, held_bytes=held, computes=True, passes_bytes=passes)
         for source in self.sources:
             needed += source.needs()
         return needed
@@ -157,8 +157,8 @@ class _Slots:
 class _Reader(Reader):
     """Computes spans of the result. Sequential reading computes each span once.
 
-    The kernel is made once for each tensor. Its passes read the inner sources from begin to end, grain by grain, so that
-    the result does not depend on the order of reading.
+    The kernel is made once for each tensor, before anything is read. Its passes read the inner sources from begin to end,
+    grain by grain, so that the result does not depend on the order of reading.
     """
 
     def __init__(self, source: Merged, room: Room) -> None:
@@ -177,11 +177,16 @@ class _Reader(Reader):
         self._out = source.spec.dtype.component
         self._held = room.take(self._out.element_bytes * self._span)
         self._begin = self._end = self._next = 0
+        self._kernel: Kernel | None = None
         self._parts = 2 if source.spec.dtype.kind == "complex" else 1
         self._elems = source.spec.component_elems
+        room.first(self._made)
 
     def read(self, start: int, stop: int, out: memoryview) -> memoryview:
-        kernel = self._room.once(self._source, self._bind)
+        kernel = self._kernel
+        if kernel is None:
+            self._room.prepare()
+            kernel = self._made()
         start, stop, size = start * self._parts, stop * self._parts, self._out.element_bytes
         at = start
         while at < stop:
@@ -201,6 +206,12 @@ class _Reader(Reader):
             ]
             at = end
         return out
+
+    def _made(self) -> Kernel:
+        """Returns the kernel. Makes the passes where nobody has made them, after those of inner merges."""
+        if self._kernel is None:
+            self._kernel = self._room.once(self._source, self._bind)
+        return self._kernel
 
     def _bind(self) -> Kernel:
         source = self._source

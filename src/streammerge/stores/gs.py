@@ -14,6 +14,7 @@ class GoogleStorage(ObjectStore):
     """Google Cloud Storage."""
 
     scheme = "gs"
+    tagged_by = "version"
 
     def settings(self) -> Mapping[str, str]:
         return {name: value for name, value in os.environ.items() if name.startswith(("GOOGLE_", "STORAGE_EMULATOR"))}

@@ -52,6 +52,8 @@ class ObjectStore(RemoteStore):
     # ------------------------------------------------------------------------------------------------------------ clients
 
     root_word: ClassVar[str] = "bucket"
+    tagged_by: ClassVar[str] = "e_tag"
+    """What an object that is replaced on condition is known by: ``e_tag``, or ``version`` where tags are no condition."""
 
     @abstractmethod
     def made_client(self, root: str, module: Any, common: dict[str, Any]) -> Any:
@@ -177,7 +179,7 @@ class ObjectStore(RemoteStore):
         obs = imported()
         import obstore.exceptions as said
 
-        mode: Any = "overwrite" if only is None else {"e_tag": only} if only else "create"
+        mode: Any = "overwrite" if only is None else {self.tagged_by: only} if only else "create"
 
         def ask() -> str:
             try:
@@ -187,7 +189,7 @@ class ObjectStore(RemoteStore):
                 raise Taken from error
             except FileNotFoundError as error:
                 raise StoreError(f"{printable(location)} cannot be written: {_first_line(error)}") from error
-            return str(made["e_tag"] or "")
+            return str(made[self.tagged_by] or "")
 
         forget()
         return persistently(ask, f"writing {printable(location)}")
@@ -205,7 +207,7 @@ class ObjectStore(RemoteStore):
         return persistently(ask, f"reading {printable(location)}")
 
     def _item(self, location: Location, meta: Any) -> Item:
-        return Item(location, meta["size"], meta["e_tag"] or "", meta["last_modified"].timestamp())
+        return Item(location, meta["size"], meta[self.tagged_by] or "", meta["last_modified"].timestamp())
 
     def delete(self, locations: Iterable[Location]) -> None:
         """See :class:`streammerge.stores.staged.Objects`."""

@@ -15,6 +15,7 @@ from streammerge.strict_json import load_json
 from streammerge.units import binary_bytes, counted, decimal_bytes
 
 RECORD, TABLE = "sweep.json", "sweep.csv"
+_MOST_SHOWN = 50
 State = Literal["made", "there", "removed"]
 
 
@@ -52,6 +53,21 @@ class SweepResult:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     lowest: bool = field(default=False)
+
+    def _repr_html_(self) -> str:
+        from streammerge.notebook import table
+
+        heads, *rows = _cells(self.outputs, self.lowest)
+        facts = [
+            ("outputs", f"{counted(len(self.kept), 'output')} of {counted(len(self.outputs), 'merge')}"),
+            ("read", f"{decimal_bytes(self.read_bytes)} in {counted(self.reads, 'read')} of the inputs"),
+            ("written", f"{decimal_bytes(self.written_bytes)} in {self.seconds:.1f} s"),
+            ("memory", f"{binary_bytes(self.peak_bytes)} of {binary_bytes(self.memory_bytes)}, above start-up"),
+            *(("note", note) for note in self.notes),
+            *(("warning", warning) for warning in self.warnings),
+        ]
+        more = f"the first {_MOST_SHOWN} of {len(rows)}; print(result) shows all" if len(rows) > _MOST_SHOWN else ""
+        return table(printable(self.folder), facts, heads, rows[:_MOST_SHOWN], more)
 
     @property
     def best(self) -> Made | None:
@@ -113,6 +129,13 @@ def columns_of(outputs: Sequence[Made]) -> list[str]:
 
 def table_lines(outputs: Sequence[Made], lowest: bool) -> list[str]:
     """Returns the outputs as a table, the best first if they have scores."""
+    cells = _cells(outputs, lowest)
+    widths = [max(len(row[n]) for row in cells) for n in range(len(cells[0]))]
+    return ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+
+
+def _cells(outputs: Sequence[Made], lowest: bool) -> list[list[str]]:
+    """Returns the heads, and a row for each output, the best first if they have scores."""
     scored = ranked(outputs, lowest)
     shown = [*scored, *(each for each in outputs if each.score is None)]
     columns, with_score = columns_of(outputs), bool(scored)
@@ -126,8 +149,7 @@ def table_lines(outputs: Sequence[Made], lowest: bool) -> list[str]:
         ]
         for each in shown
     ]
-    widths = [max(len(row[n]) for row in [heads, *rows]) for n in range(len(heads))]
-    return ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in [heads, *rows]]
+    return [heads, *rows]
 
 
 def epoch_table(outputs: Sequence[Made]) -> list[str]:

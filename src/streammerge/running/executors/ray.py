@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
@@ -91,6 +92,28 @@ def _on_loopback(address: str) -> Iterator[None]:
         yield
     finally:
         constants.ENABLE_RAY_CLUSTER = before
+
+
+class Head:
+    """The head of the cluster to which this process is connected.
+
+    Ray waits a minute for one that is gone, and then ends the process without a word. So it is looked for before Ray is
+    asked.
+    """
+
+    def __init__(self, ray: Any) -> None:
+        host, _, port = str(getattr(ray.get_runtime_context(), "gcs_address", "")).rpartition(":")
+        self._place = (host, int(port)) if host and port.isdigit() else None
+        self._lost: float | None = None
+
+    def lost_seconds(self) -> float:
+        """Returns for how long the head has not answered, 0 if it does."""
+        if self._place is None or _answers(*self._place):  # without a place: through a proxy, which Ray watches
+            self._lost = None
+            return 0.0
+        now = time.monotonic()
+        self._lost = self._lost or now
+        return max(now - self._lost, 1e-9)
 
 
 def _answers(host: str, port: int) -> bool:
