@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 import streammerge as sm
 from streammerge.events import Suspended, TaskDone
 from streammerge.planning import saved, tasks, units
+from streammerge.running import shared
 from streammerge.stores import claims
 from streammerge.tensors.spec import GRAIN
 
@@ -123,6 +124,34 @@ def test_a_stopped_machine_writes_nothing_after_the_others_have_finished(tmp_pat
     said = first.communicate(timeout=60)
     assert out.read_bytes() == expected, said
     assert "Traceback" not in said[1] or "Error" in said[1]
+
+
+@pytest.mark.usefixtures("small")
+def test_a_machine_that_has_lost_its_lease_leaves_a_finished_output_alone(
+    tmp_path: Path, models: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files are those that were published, and its home is gone, so it would find nothing finished."""
+    plan, out = tmp_path / "plan", tmp_path / "out.safetensors"
+    expected = Path(str(sm.merge(models[:2], tmp_path / "whole.safetensors").out)).read_bytes()
+    sm.plan(models[:2], out, save=plan)
+    finished, lost = shared.Share._finished, list[bool]()
+
+    def others_go_on(self: shared.Share, *more: Any) -> None:
+        finished(self, *more)
+        if not lost:
+            lost.append(True)
+            more[2].claims.fence.move(0.0)
+            assert machine(plan, tmp_path / "told", 0.0, claim=True).wait(60) == 0
+            sm.finish(plan)
+            for path in models:
+                with path.open("r+b") as file:
+                    file.seek(20_000)
+                    file.write(b"\xff" * 3_000_000)
+
+    monkeypatch.setattr(shared.Share, "_finished", others_go_on)
+    result = sm.worker(plan, claim=True, workers=1)
+    assert (result.finished, result.left) == (True, 0)
+    assert out.read_bytes() == expected
 
 
 @pytest.mark.slow

@@ -199,8 +199,8 @@ class PieceDone(NamedTuple):
     checksum: int
     nonfinite: dict[str, int]
     found: Any = None
-    measured: bytes = b""
     read_bytes: int = 0
+    measured: bytes = b""
 
     def piece(self, tasks: Sequence[MergeTask]) -> Piece:
         return Piece(tasks[self.number], self.number, self.start, self.stop)

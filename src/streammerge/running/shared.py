@@ -133,6 +133,7 @@ class Share:
         self._held = process.Gauge()
         self.made = self.read_bytes = self.written_bytes = self.left = self.kept_bytes = 0
         self.startup_bytes = self.peak_bytes = 0
+        self.finished = False
 
     @staticmethod
     def _opened_inputs(plan: Plan, options: SharedOptions) -> InputFiles:
@@ -146,8 +147,12 @@ class Share:
         finally:
             self.inputs.close()
             self.sending.drop()
-            for file in self.files:
-                file.close()
+            self._close_files()
+
+    def _close_files(self) -> None:
+        for file in self.files:
+            file.close()
+        self.files = []
 
     def _round(self) -> bool:
         """Makes units under one name. Returns whether the lease was lost, so that another round is needed."""
@@ -160,7 +165,13 @@ class Share:
                 self._make_all(executor, _Keeping(self, claims_))
             except LeaseLost:
                 self.sending.drop()
-                self.listener(Told("note", "this machine was stopped for longer than its lease; it claims its units again"))
+                self._close_files()  # one of them may be the published output by now
+                said = "this machine was stopped for longer than its lease; "
+                if not self.joint.exists() or self.joint.published():
+                    self.finished, self.left = True, 0
+                    self.listener(Told("note", said + "others have finished the output"))
+                    return False
+                self.listener(Told("note", said + "it claims its units again"))
                 return True
             finally:
                 executor.close()
@@ -481,4 +492,5 @@ def make_units(
         plan.memory_bytes,
         tuple(plan.notes),
         tuple(plan.warnings),
+        share.finished,
     )
