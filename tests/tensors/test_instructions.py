@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from streammerge.sweeps.scoring import scorer
 from streammerge.tensors import instructions
 
 ZEN_4 = b"""processor\t: 0
@@ -68,6 +69,14 @@ def test_the_choice_of_the_user_stays(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv(NAME, "")
     instructions.choose_instructions()
     assert os.environ[NAME] == ""
+
+
+def test_programs_of_the_user_are_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on(ZEN_4, tmp_path, monkeypatch)
+    instructions.choose_instructions()
+    assert scorer(f"echo {{}} ${{#{NAME}}}")("out") == 0  # the length of the variable
+    monkeypatch.setenv(NAME, "AVX2")
+    assert scorer(f"echo {{}} ${{#{NAME}}}")("out") == 4
 
 
 def test_numpy_is_told_and_does_not_mind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ _SORTED_ELEMS = 1 << 15
 """Numbers that are sorted at once, in whole rows: as many as stay in a CPU's own cache with their keys and places."""
 _LARGEST, _ANY_NAN = 0x7FFFFFFF, 0x7F800001
 """Bits of float32: the largest of a number without a sign, and those of the first NaN."""
-_FEW_OF = 16
+_FEW_OF = 32
 """Of so many numbers one may have bits that a short key lacks."""
 _LOW = int(sys.byteorder == "big")
 """Which half of a 64-bit integer is the lower one."""
@@ -338,7 +338,8 @@ def _sorted_short(bits: _Bits, places: _Bits, spare: _Bits) -> bool:
     import numpy as np
 
     # A key is the upper bits of a magnitude, a bit that says whether any lower bit is set, and the place from the end. In
-    # differences of 16-bit numbers lower bits are seldom set. Those few numbers are then put in order among themselves.
+    # differences of 16-bit numbers lower bits are seldom set. If two numbers with such bits have the same upper bits, all
+    # of these few are put in order among themselves.
     count, n = bits.size, bits.shape[-1]
     width = (n - 1).bit_length()
     low = 1 << width
@@ -350,16 +351,17 @@ def _sorted_short(bits: _Bits, places: _Bits, spare: _Bits) -> bool:
     if len(few) > count // _FEW_OF:
         return False
     np.bitwise_and(bits, np.int32(_LARGEST & -2 * low), out=made)
+    row = few // n
+    upper = np.sort(row << 32 | made.reshape(-1)[few])
     made.reshape(-1)[few] |= np.int32(low)
-    np.bitwise_or(made, _places(n)[::-1], out=made)
+    np.bitwise_or(made, _places_from_the_end(n), out=made)
     made.sort(axis=-1)
     if (made[..., -1] >= (_ANY_NAN - 1 | low)).any():
         return False
-    if len(few):
+    if (upper[1:] == upper[:-1]).any():
         there = np.flatnonzero(np.not_equal(np.bitwise_and(made, np.int32(low), out=lower), np.int32(0)))
-        row, place = np.divmod(few, n)
         magnitude = np.bitwise_and(bits.reshape(-1)[few], np.int32(_LARGEST)).astype(np.int64)
-        among = np.sort(row << 31 + width | magnitude << width | n - 1 - place)
+        among = np.sort(row << 31 + width | magnitude << width | n - 1 - few % n)
         made.reshape(-1)[there] = among & low - 1
     np.bitwise_and(made, np.int32(low - 1), out=made)
     np.subtract(np.int32(n - 1), made, out=places[:count].reshape(bits.shape))
@@ -391,6 +393,14 @@ def _places(n: int) -> np.ndarray[Any, Any]:
     import numpy as np
 
     return _short_places()[:n] if n <= GRAIN else np.arange(n, dtype=np.int32)
+
+
+@lru_cache(maxsize=8)
+def _places_from_the_end(n: int) -> np.ndarray[Any, Any]:
+    """Returns the places of a row of ``n`` numbers, up to a grain, counted from its end."""
+    import numpy as np
+
+    return np.arange(n - 1, -1, -1, dtype=np.int32)
 
 
 @lru_cache(maxsize=1)

@@ -176,7 +176,7 @@ class Measuring:
         norms = np.sqrt(self._sums).astype("<f4").tobytes()
         width = 4 * self._sums.shape[1]
         return [
-            PieceDone._make((*each[:-1], norms[row * width : row * width + 8 * n])) if (n := self._inputs[row]) else each
+            each._replace(measured=norms[row * width : row * width + 8 * n]) if (n := self._inputs[row]) else each
             for row, each in enumerate(made)
         ]
 

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable
 
 from streammerge.errors import RecipeError, TaskError, printable
+from streammerge.tensors.instructions import environment_of_others
 
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 Score = Callable[[str], float]
@@ -25,7 +26,15 @@ def scorer(asked: str | Callable[[str], object]) -> Score:
 
 def _run(command: str) -> float:
     """Runs the command in a shell, as the user typed it. Returns the last number that it printed."""
-    done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, text=True, errors="replace", check=False)
+    done = subprocess.run(
+        command,
+        shell=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        check=False,
+        env=environment_of_others(),
+    )
     if done.returncode:
         raise TaskError(f"the score could not be computed: {printable(command)} ended with code {done.returncode}")
     found = _NUMBER.findall(done.stdout)
