@@ -146,7 +146,7 @@ def test_weights_methods_and_ranks(options: dict[str, Any], weights: tuple[float
 def test_every_kind_of_update_becomes_two_factors(case: str) -> None:
     _, tensors, delta = one_case(case)
     save_file({name: each.contiguous() for name, each in tensors.items()}, "one.safetensors")
-    plain = case.startswith("LoCon") or case == "LoRA"
+    plain = case.startswith(("LoCon", "DyLoRA")) or case == "LoRA"
     options = {} if plain else {"method": "svd", "parameters": {"rank": 64}}
     if not plain:
         with pytest.raises(sm.MismatchError, match="give the parameter rank"):

@@ -16,7 +16,7 @@ class Azure(ObjectStore):
     root_word = "container"
 
     def settings(self) -> Mapping[str, str]:
-        return {name: value for name, value in os.environ.items() if name.startswith("AZURE_")}
+        return {name: value for name, value in os.environ.items() if name.startswith(("AZURE_", "AZURITE_"))}
 
     def allows_http(self) -> bool:
         named = os.environ.get("AZURE_STORAGE_ENDPOINT") or os.environ.get("AZURE_ENDPOINT") or ""
