@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 SECTIONS = {part.partition("\n")[0]: part for part in TEXT.split("\n## ")[1:]}
 EXAMPLES = {
-    "A merge method": ["tests/methods/test_registry.py", "tests/methods/test_contracts.py", "tests/recipe/test_reader.py"],
+    "A merge method": ["tests/methods/test_registry.py", "tests/methods/test_contracts.py"],
     "A format": ["tests/formats/test_detect.py"],
     "A store": ["tests/stores/test_registry.py"],
     "A source": [],

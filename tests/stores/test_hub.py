@@ -18,9 +18,13 @@ from safetensors.torch import load_file, save
 import streammerge as sm
 from loopback_hub import Answer, Hub, Repo, Request, git_id
 from stores.hub_models import content, files, read, tensors, written
-from stores.suite import ODD_NAMES, ReadingSuite
+from stores.suite import ODD_NAMES, SIZES, ReadingSuite
 from streammerge.stores.base import Location
 from streammerge.stores.locations import parse
+
+
+def nightly(size: int) -> Any:
+    return pytest.param(size, marks=pytest.mark.slow)
 
 
 class TestTheHub(ReadingSuite):
@@ -47,6 +51,10 @@ class TestTheHub(ReadingSuite):
         files = dict(self.repo.commits[self.repo.branches["main"]])
         del files[self.inner(location)]
         self.repo.commit(files)
+
+    @pytest.mark.parametrize("nbytes", [size if size in (0, 4097) else nightly(size) for size in SIZES])
+    def test_ranges_are_read_as_they_are(self, home: Location, nbytes: int) -> None:
+        super().test_ranges_are_read_as_they_are(home, nbytes)  # a range is a request to two servers here
 
     def test_a_folder_lists_what_is_in_it(self, home: Location) -> None:
         """A folder is there while something is in it."""

@@ -47,8 +47,10 @@ def oids(data: dict[str, bytes]) -> set[str]:
     return {hashlib.sha256(data[shard]).hexdigest() for shard in SHARDS}
 
 
-@pytest.mark.parametrize("part_bytes", [0, 100_000])
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize(
+    ("workers", "part_bytes"),
+    [(1, 0), (3, 100_000), *(pytest.param(*how, marks=pytest.mark.slow) for how in ((1, 100_000), (3, 0)))],
+)
 def test_the_hub_gets_the_bytes_of_a_local_merge_in_one_commit(
     hub: Hub, here: Path, part_bytes: int, workers: int, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
