@@ -91,6 +91,7 @@ def test_files_are_what_they_are_called(tmp_path: Path, shape: str, form: str) -
         assert 0.015 < float(values.std()) < 0.025
 
 
+@pytest.mark.slow
 def test_a_case_is_run_beside_its_reference(tmp_path: Path) -> None:
     models = (Model(0.01, 0, shape="small"), Model(0.01, 1, shape="small"))
     arguments = ("merge", "{0}", "{1}", "-o", "{out}", "--format", "json", "--no-progress")

@@ -113,7 +113,7 @@ def content(out: Path) -> dict[str, bytes] | None:
 
 
 @pytest.mark.skipif(STRACE is None, reason="strace is not installed")
-@pytest.mark.parametrize("call", ["pwrite64", "fsync", "renameat2"])
+@pytest.mark.parametrize("call", ["pwrite64", pytest.param("fsync", marks=pytest.mark.slow), "renameat2"])
 def test_killed_by_the_kernel_at_a_call(tmp_path: Path, call: str) -> None:
     assert check_traced(tmp_path, "out.safetensors", call, "signal=SIGKILL", 1 if call == "renameat2" else 2) >= 1
 
