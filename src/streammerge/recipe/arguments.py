@@ -105,6 +105,8 @@ def conversion(
     if "" in (*drop, *keep):
         raise RecipeError("`drop` and `keep` take a pattern, like 'dvae.*'")
     recipe = overridden(Recipe(COPY, (Model(path),), output=OutputRequest()), overrides)
+    if like is None and not drop and not keep:
+        return checked(recipe)  # most conversions need no pattern, nor the library for them
     everything = (parse_pattern("*"),)
     rules = [Rule((parse_pattern(pattern),), drop=True) for pattern in drop]
     if like is None:

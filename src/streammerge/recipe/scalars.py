@@ -10,7 +10,7 @@ from typing import Any
 from streammerge.errors import RecipeError, printable
 from streammerge.methods.contracts import METHODS, MergeMethod, Parameter
 from streammerge.methods.factors import FACTORS
-from streammerge.methods.registry import LINEAR, find_method
+from streammerge.methods.registry import COPY, LINEAR, find_method
 from streammerge.options.values import whole
 from streammerge.recipe.adapted import adapted_text, with_revision
 from streammerge.recipe.fields import Plain
@@ -127,7 +127,7 @@ def _listed_method(value: Any) -> MergeMethod:
 
 def _method_name(method: MergeMethod) -> str:
     """Returns the name under which the method is found again."""
-    known = FACTORS.get(method.name) is method or METHODS.is_known_as(method.name, method)
+    known = method is COPY or FACTORS.get(method.name) is method or METHODS.is_known_as(method.name, method)
     return method.name if known else method.place
 
 
