@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -86,3 +88,14 @@ def test_numbers_without_a_direction_have_no_cosine() -> None:
         warnings.simplefilter("error")
         assert relatives._cosine(np.array([np.inf, 1.0, 0.0]), zeros + 2) is None
         assert relatives._cosine(np.array([np.nan, 1.0, 0.0]), ones) is None
+
+
+def test_a_merge_needs_no_numpy(tmp_path: Path) -> None:
+    """A broken installation of it is no reason to lose a merge: strangers are told by torch then."""
+    for seed in (1, 2):
+        save_file({"w": draw(seed, 64, 64)}, tmp_path / f"{seed}.safetensors")
+    merge = "sm.merge(['1.safetensors', '2.safetensors'], 'out.safetensors').warnings[0]"
+    code = f"import sys; sys.modules['numpy'] = None; import streammerge as sm; print({merge})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "seems to come from another training" in done.stdout

@@ -7,9 +7,11 @@ models.
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import listed, printable
 from streammerge.planning.tasks import MergeTask, where
@@ -21,7 +23,7 @@ from streammerge.tensors.dtypes import DType
 from streammerge.tensors.names import bare
 
 if TYPE_CHECKING:
-    import numpy as np
+    import torch
 
 _TENSORS = 16
 _SAMPLE_ELEMS = 1 << 15
@@ -113,26 +115,31 @@ def _middle(source: Source) -> tuple[Location, int, int]:
     return path, offset + (source.spec.numel - sampled) // 2 * size, sampled * size
 
 
-def _numbers(source: Source, data: memoryview) -> np.ndarray:
-    """Returns numbers as float64. By numpy: who only finishes an output would load torch for this alone."""
-    import numpy as np
-
+def _numbers(source: Source, data: memoryview) -> Any:
+    """Returns numbers as float64. By numpy: who only finishes an output would load torch for this alone. By torch where
+    numpy cannot be imported, since no merge depends on it."""
     dtype = source.spec.dtype
+    try:
+        import numpy as np
+    except ImportError:
+        return _by_torch(dtype, data)
     if dtype == DType.BF16:
         return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     if dtype in _OF_NUMPY:
         return np.frombuffer(data, dtype.torch_name).astype(np.float64)
+    return _by_torch(dtype, data).numpy()
+
+
+def _by_torch(dtype: DType, data: memoryview) -> torch.Tensor:
     import torch
 
-    found: np.ndarray = torch.frombuffer(bytearray(data), dtype=dtype.torch).double().numpy()
-    return found
+    return torch.frombuffer(bytearray(data), dtype=dtype.torch).double()
 
 
-def _cosine(one: np.ndarray, two: np.ndarray) -> float | None:
+def _cosine(one: Any, two: Any) -> float | None:
     """Returns the cosine between two vectors, None if one has only zeros, or numbers that are not finite."""
-    import numpy as np
-
-    with np.errstate(all="ignore"):
-        length = float(np.sqrt((one * one).sum() * (two * two).sum()))
-        cosine = float((one * two).sum()) / length if length > 0 else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of numbers too large to be squared
+        squared = float((one * one).sum()) * float((two * two).sum())
+        cosine = float((one * two).sum()) / math.sqrt(squared) if squared > 0 else None
     return cosine if cosine == cosine else None
