@@ -50,7 +50,7 @@ def _held(batch: Batch) -> dict[int, torch.Tensor]:
 
 
 def combined(batch: Batch, kernels: Sequence[Combination], held: Mapping[int, torch.Tensor]) -> torch.Tensor:
-    """Returns what these kernels make, one for each tensor. ``held``: models by their numbers, which are changed; all$
+    """Returns what these kernels make, one for each tensor. ``held``: models by their numbers, which are changed; all
     others are loaded."""
     from streammerge.kernels.reductions import FIRST
 
