@@ -25,6 +25,7 @@ Each module imports only modules above it::
     outputs       the files of the output, and the place of each tensor
     announced     what configurations say of the tensors
     repeated      tensors that a task reads more than once
+    staying       how much of each of them stays in memory
     costs         the memory that tasks take
     plan          Plan, build_plan
     unwritten     files that are planned and not written

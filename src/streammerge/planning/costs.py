@@ -63,7 +63,7 @@ def _remembering(tasks: Sequence[MergeTask], memory_bytes: int, found: Budget, l
     would do one after the other, or reads its inputs once. Of these numbers it has the one that takes the least time; if
     none is enough, the one that reads the least.
     """
-    from streammerge.planning.repeated import graph, largest, moved_bytes, stages_bytes  # most merges have no stages
+    from streammerge.planning.staying import graph, largest, moved_bytes, stages_bytes  # most merges have no stages
 
     nested = [task for task in objects(tasks) if task.nested]
     made, task = max(((graph(task.sources)[0], task) for task in nested), key=lambda each: largest(each[0]))
@@ -186,7 +186,8 @@ def _nested_cost(task: MergeTask, io: str) -> Cost:
     opened: Iterable[Source] = task.sources
     again = (0, 0, 0)
     if task.nested:
-        from streammerge.planning.repeated import apart, memory_for  # here, because most merges have no stages
+        from streammerge.planning.repeated import apart  # here, because most merges have no stages
+        from streammerge.planning.staying import memory_for
 
         opened, again = apart(task.sources), memory_for(task.sources)
     needed = Needs()

@@ -420,7 +420,7 @@ class WorkerRoom:
 
     def _shared_out(self) -> dict[tuple[object, ...], tuple[memoryview, memoryview]]:
         """Returns the memory of each tensor that readers of this task remember."""
-        from streammerge.planning.repeated import graph, shares  # here, because most merges have no stages
+        from streammerge.planning.staying import graph, shares  # here, because most merges have no stages
 
         of, numbers = graph(self._sources)
         given = shares(of, self._workspace.remembered_bytes, self._workspace.chunk_elems)
