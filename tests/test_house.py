@@ -192,8 +192,8 @@ def test_every_module_has_its_test_file() -> None:
 
 FEATURES = (
     "adapters", "factoring", "diffing", "verifying", "requests.extractions", "requests.conversions",
-    "planning.stages", "planning.mixtures", "planning.unwritten", "planning.repeated", "planning.staying", "planning.experts",
-    "planning.vocabularies", "planning.tokenizers", "planning.likeness", "planning.copies",
+    "planning.stages", "planning.mixtures", "planning.unwritten", "planning.repeated", "planning.experts",
+    "planning.staying", "planning.vocabularies", "planning.tokenizers", "planning.likeness", "planning.copies",
     "planning.dispositions.entries", "planning.dispositions.files", "planning.outputs.pickled", "planning.outputs.folder",
     "checkpoints.tokens", "checkpoints.vocabularies", "checkpoints.heads", "checkpoints.config_differences",
     "checkpoints.conversions", "checkpoints.metrics", "checkpoints.numbers", "checkpoints.steps", "checkpoints.in_memory",
