@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from html import escape
 from types import TracebackType
 from typing import Any
 
@@ -187,6 +186,8 @@ class _Cell(_Lines):
 
     def _shown(self) -> dict[str, str]:
         """Returns the state as text, and with a bar as HTML."""
+        from html import escape  # here, since most runs are in no notebook
+
         read, seconds = self._done - self._skipped, max(time.monotonic() - self._began, 1e-9)
         left = max(self._total - self._done, 0)
         text = f"{decimal_bytes(self._done)} of {decimal_bytes(self._total)} read"

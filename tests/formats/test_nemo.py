@@ -107,28 +107,6 @@ def test_an_archive_with_much_beside_its_weights(tmp_path: Path, monkeypatch: py
         sm.convert(path, tmp_path / "out.nemo")
 
 
-def test_weights_as_a_distributed_checkpoint(tmp_path: Path) -> None:
-    tensors = {"a": torch.randn(30, 7), "b": torch.randn(5), "c": torch.randn(4, 4)}
-    dcp_maker.write(tmp_path / "content" / "model_weights", tensors, dcp_maker.grid(2, 2))
-    long = tmp_path / "content" / ("long" * 40)
-    long.mkdir()
-    (long / "vocabulary.txt").write_text("x")
-    for form in ("pax", "gnu"):
-        path = pack(tmp_path / f"{form}.nemo", tmp_path / "content", form)
-        sm.convert(path, tmp_path / "out.safetensors", overwrite=True)
-        assert_same(load_safetensors(tmp_path / "out.safetensors"), tensors)
-        sm.verify(tmp_path / "out.safetensors")
-
-
-def test_an_archive_of_a_folder_is_not_written(tmp_path: Path) -> None:
-    (tmp_path / "content").mkdir()
-    dcp_maker.write(tmp_path / "content" / "model_weights", {"a": torch.ones(4, 4)}, dcp_maker.grid(2, 2))
-    (tmp_path / "content" / "model_config.yaml").write_text("target: nemo\n")
-    path = pack(tmp_path / "in.nemo", tmp_path / "content")
-    with pytest.raises(sm.RecipeError, match=r"is read and not written; end the name in \.safetensors or \.ckpt"):
-        sm.convert(path, tmp_path / "out.nemo")
-
-
 def test_a_gzip_archive(tmp_path: Path) -> None:
     (tmp_path / "content").mkdir()
     torch.save({"a": torch.ones(2)}, tmp_path / "content" / "model_weights.ckpt")

@@ -20,6 +20,7 @@ Each module imports only modules above it::
     dcp_writer          the plan of such a folder
     hf_storage          the same as safetensors
     zero                checkpoints of DeepSpeed
+    nemo_folder         such a folder in a NeMo archive
     nemo                NeMo archives
     dtensors            rank files with distributed tensors
     distributed         which checkpoint of several ranks a folder holds

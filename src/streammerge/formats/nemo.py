@@ -13,7 +13,7 @@ from functools import partial
 from typing import BinaryIO, NamedTuple
 
 from streammerge.errors import FormatError, RecipeError, listed, printable
-from streammerge.formats import archive, dcp, torch_zip
+from streammerge.formats import archive, torch_zip
 from streammerge.formats.base import Container, LayoutFile, Literal, Match
 from streammerge.stores.base import Location
 from streammerge.units import decimal_bytes
@@ -57,8 +57,10 @@ def read(path: Location) -> Container:
                 )
         made = torch_zip.read(path, places[_WEIGHTS], _WEIGHTS)
         made.enclosed = partial(_enclosed, path, found[_WEIGHTS])
-    elif any(name.startswith(_FOLDER) for name in places):
-        made = dcp.read_home(_Home(path, places))
+    elif inside := {name.removeprefix(_FOLDER): place for name, place in places.items() if name.startswith(_FOLDER)}:
+        from streammerge.formats import nemo_folder  # here, because files of many formats come past this one
+
+        made = nemo_folder.read(path, inside)
     else:
         raise FormatError(f"{where} is a tar archive, not a PyTorch checkpoint; unpack it and give the checkpoint inside")
     made.format, made.files, made.distributed = NAME, (path,), None
@@ -112,21 +114,6 @@ def _sealed(file: LayoutFile, head: bytes, tail: Literal, checksums: Mapping[int
     """Returns all bytes of an archive outside tensors."""
     inner = file.around({offset - len(head): value for offset, value in checksums.items()}, receipt)
     return [Literal(0, head), *(Literal(each.offset + len(head), each.data) for each in inner), tail]
-
-
-class _Home(dcp.Home):
-    """The folder of weights in an archive."""
-
-    def __init__(self, path: Location, places: dict[str, archive.Window]) -> None:
-        super().__init__(path)
-        self.places = {name.removeprefix(_FOLDER): place for name, place in places.items() if name.startswith(_FOLDER)}
-
-    def names(self) -> list[str]:
-        return list(self.places)
-
-    def place(self, name: str) -> dcp.Place | None:
-        found = self.places.get(name)
-        return None if found is None else (self.folder, *found)
 
 
 def _members(stream: BinaryIO, where: str) -> Iterator[_Member]:
