@@ -23,6 +23,7 @@ from streammerge.stores.locations import parse
         ("AZURE_STORAGE_ENDPOINT", "https://account.blob.core.windows.net", False),
         ("AZURE_STORAGE_USE_EMULATOR", "true", True),
         ("AZURE_STORAGE_ACCOUNT_NAME", "account", False),
+        ("AZURITE_BLOB_STORAGE_URL", "http://127.0.0.1:10000", False),  # another address must make another client
     ],
 )
 def test_http_is_allowed_where_the_environment_asks_for_it(
