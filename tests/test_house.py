@@ -231,6 +231,23 @@ def test_a_command_imports_only_what_it_needs(command: str, tmp_path: Path) -> N
         assert not {name.partition(".")[0] for name in loaded} & {"stores", "formats", "planning", "running", "api"}
 
 
+CONVERTING = ("formats.dcp", "methods.difference", "methods.spectral", "quantised", "recipe.stages", "running.sweeping")
+
+
+def test_a_conversion_imports_neither_other_methods_nor_patterns(tmp_path: Path) -> None:
+    """Into a ``.pth``, which comes past nearly all formats when it is read back."""
+    save_file({"w": torch.arange(8.0)}, tmp_path / "a.safetensors")
+    code = (
+        "import atexit, sys; from streammerge.cli.main import main; "
+        "atexit.register(lambda: print('\\n', *sorted(sys.modules))); "
+        "sys.argv = ['streammerge', 'convert', 'a.safetensors', '-o', 'a.pth']; main()"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True).stdout
+    loaded = {name.removeprefix("streammerge.") for name in shown.splitlines()[-1].split()}
+    assert "formats.torch_zip" in loaded
+    assert not loaded & {*CONVERTING, "regex", "torch"}
+
+
 INSPECTING = (
     "adapters", "api", "kernels", "methods", "planning", "plugins", "quantised", "recipe.adapted", "recipe.hub_names",
     "recipe.locations", "recipe.model", "requests", "running", "signatures", "verifying",

@@ -249,7 +249,7 @@ STRACE = shutil.which("strace")
 @pytest.mark.skipif(STRACE is None or sys.version_info < (3, 11), reason="needs strace and frames in chunks")
 def test_the_stack_is_not_mapped_anew_at_each_call(tmp_path: Path) -> None:
     """Calls that cross the end of a chunk of 16 KiB would map and unmap it each time, thousands of times during imports."""
-    deep = "def even(): pass\ndef deep(n):\n  for _ in range(50): even()\n  n and deep(n - 1)\n"
+    deep = "def even(): pass\ndef deep(n):\n  for _ in range(200): even()\n  n and deep(n - 1)\n"
     inside = "import streammerge.cli.main as m\nm.cli.main = lambda **options: deep(400)\nm.main()"
     maps = []
     for program in ("deep(400)", inside):

@@ -59,6 +59,19 @@ def test_a_long_tensor_is_several_units_unless_workers_share_its_passes(
     assert whole.alone, "one of its tensors is made by all workers"
 
 
+def test_a_long_tensor_whose_inner_merge_makes_passes_is_one_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another worker would make these passes again."""
+    monkeypatch.setattr(units, "_LEAST_COST", 1 << 20)
+    for name in "ab":
+        save_file({"long": torch.ones(11, 1 << 20), "short": torch.ones(3)}, tmp_path / f"{name}.safetensors")
+    a, b = (str(tmp_path / f"{name}.safetensors") for name in "ab")
+    inner = {"merge_method": "ties", "base_model": a, "models": [b], "parameters": {"density": 0.5}}
+    recipe = {"merge_method": "linear", "models": ["inner", b], "parameters": {"weight": 0.5}, "stages": {"inner": inner}}
+    made = cut(sm.plan(recipe=recipe, out=tmp_path / "out.safetensors").tasks)
+    (alone,) = [unit for unit in made if unit.alone]
+    assert (alone.stop - alone.start, alone.last) == (1, 0)
+
+
 def test_a_decomposition_costs_more_than_its_bytes(tmp_path: Path) -> None:
     shapes: dict[str, tuple[int, ...]] = {"w": (1000, 1000)}
     mean = sum(unit.cost for unit in cut(planned(tmp_path, shapes).tasks))
