@@ -63,7 +63,7 @@ def test_a_notebook_shows_the_table() -> None:
     found = SweepResult(parse("out"), tuple(made), tuple(made[:2]), 1, 10, 20, 0.5, 1 << 20, 1 << 20, 1 << 29)
     shown = found._repr_html_()
     assert "2 outputs of 63 merges" in shown
-    assert "10 bytes in 1 read of the inputs" in shown
+    assert "10 bytes in 1 round over the inputs" in shown
     assert shown.index("&lt;b&gt;") < shown.index("t_0.4") < shown.index("out/t_0.6.pth")
     assert "the first 50 of 63" in shown
     assert shown.count("<tr>") == 4 + 1 + 50

@@ -37,7 +37,9 @@ class SweepResult:
     """The report of a sweep.
 
     ``outputs``: every merge in its order. ``kept``: those that are there now, the best first if they have scores.
-    ``reads``: how often the inputs were read. Memory is as in :class:`Result`.
+    ``reads``: how often the run went over the inputs. In each
+    round all outputs are made of a tensor before the next one is read; a method with passes reads it again for each output,
+    which ``read_bytes`` counts. Memory is as in :class:`Result`.
     """
 
     folder: Location
@@ -60,7 +62,7 @@ class SweepResult:
         heads, *rows = _cells(self.outputs, self.lowest)
         facts = [
             ("outputs", f"{counted(len(self.kept), 'output')} of {counted(len(self.outputs), 'merge')}"),
-            ("read", f"{decimal_bytes(self.read_bytes)} in {counted(self.reads, 'read')} of the inputs"),
+            ("read", f"{decimal_bytes(self.read_bytes)} in {counted(self.reads, 'round')} over the inputs"),
             ("written", f"{decimal_bytes(self.written_bytes)} in {self.seconds:.1f} s"),
             ("memory", f"{binary_bytes(self.peak_bytes)} of {binary_bytes(self.memory_bytes)}, above start-up"),
             *(("note", note) for note in self.notes),
@@ -83,7 +85,7 @@ class SweepResult:
         grid = epoch_table(self.outputs)
         lines += [*grid, ""] if grid else []
         speed = (self.read_bytes + self.written_bytes) / max(self.seconds, 1e-9)
-        reads = f", {counted(self.reads, 'read')} of the inputs" if self.reads else ""
+        reads = f", {counted(self.reads, 'round')} over the inputs" if self.reads else ""
         lines.append(f"{counted(len(self.kept), 'output')} in {printable(self.folder)}{reads}")
         lines.append(
             f"read {decimal_bytes(self.read_bytes)}, wrote {decimal_bytes(self.written_bytes)} in {self.seconds:.1f} s "
