@@ -37,9 +37,9 @@ class SweepResult:
     """The report of a sweep.
 
     ``outputs``: every merge in its order. ``kept``: those that are there now, the best first if they have scores.
-    ``reads``: how often the run went over the inputs. In each
-    round all outputs are made of a tensor before the next one is read; a method with passes reads it again for each output,
-    which ``read_bytes`` counts. Memory is as in :class:`Result`.
+    ``reads``: how often the run went over the inputs. In each round all outputs of a tensor are made before the next one
+    is read. A method with passes reads it again for each output, which ``read_bytes`` counts. Memory is as in
+    :class:`Result`.
     """
 
     folder: Location
