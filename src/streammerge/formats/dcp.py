@@ -11,12 +11,14 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
+from weakref import WeakValueDictionary
 
 from streammerge.errors import FormatError, StreammergeError, listed, printable
 from streammerge.formats import archive, safetensors, torch_zip
 from streammerge.formats.base import Container
+from streammerge.formats.dcp_alike import MOST_BYTES, Likeness, likeness
 from streammerge.formats.pieces import PIECE_BYTES, Box, PieceOf, assembled, check_boxes, checked_shape, piece_of_dtype
 from streammerge.formats.shards import is_safe
 from streammerge.pickles.tree import Global, Instance, TensorRef, flat_tensor, number
@@ -71,7 +73,7 @@ class Entry:
     boxes: list[Box]
 
 
-@dataclass(slots=True)
+@dataclass
 class Metadata:
     """What ``.metadata`` tells. ``items``: (name, offsets) of a piece, or (name, None) of an object -> where it lies.
     ``paths``: name -> the keys that lead to it in the state dict, where they are known."""
@@ -113,23 +115,47 @@ def read_home(home: Home) -> Container:
     """Returns the container of a DCP folder, wherever its files are. Raises FormatError."""
     names = home.names()
     names = [METADATA] if METADATA in names else [name for name in names if _OF_RANK.fullmatch(name)]
-    metadata, files = Metadata(), list[Location]()
+    told, files = list[Metadata](), list[Location]()
     for name in names:
         place = home.place(name)
         if place is not None:
-            _add(metadata, read_metadata(place, f"{home.where}/{name}"))
+            told.append(read_metadata(place, f"{home.where}/{name}"))
             files.append(place[0])
+    metadata = told[0] if len(told) == 1 else Metadata()
+    for of_rank in told if len(told) != 1 else ():
+        _add(metadata, of_rank)
     return _Reading(home, metadata, files).container()
 
 
 # ------------------------------------------------------------------------------------------------------------- .metadata
 
 
+_KNOWN: WeakValueDictionary[Likeness, Metadata] = WeakValueDictionary()
+"""What is known of files that a container was made of, by their likeness. Nobody changes it."""
+
+
 def read_metadata(place: Place, where: str) -> Metadata:
-    """Returns what a ``.metadata`` file tells. Raises FormatError; nothing in it is executed."""
+    """Returns what a ``.metadata`` file tells, which is not to be changed. Raises FormatError; nothing in it is executed.
+
+    The steps of a run tell the same, so one is read for all.
+    """
     path, offset, nbytes = place
     with path.stream() as whole:
-        tree = unpickle(archive.within(whole, (offset, nbytes)), where=where)
+        stream = archive.within(whole, (offset, nbytes))
+        if nbytes > MOST_BYTES:
+            return _read(stream, where)
+        data = stream.read()
+    alike = likeness(data)
+    if alike is None:
+        return _read(data, where)
+    known = _KNOWN.get(alike)
+    if known is None:
+        known = _KNOWN[alike] = _read(data, where)
+    return known
+
+
+def _read(source: bytes | BinaryIO, where: str) -> Metadata:
+    tree = unpickle(source, where=where)
     try:
         return _metadata(tree, where)
     except _DAMAGE as error:
@@ -184,7 +210,8 @@ def _add(made: Metadata, of_rank: Metadata) -> None:
                     f"the tensor {printable(name)} has another dtype or shape in the metadata of another rank"
                 )
             there = set(known.boxes)
-            known.boxes.extend(box for box in entry.boxes if box not in there)
+            more = [box for box in entry.boxes if box not in there]
+            made.tensors[name] = replace(known, boxes=[*known.boxes, *more])
     made.objects += [name for name in of_rank.objects if name not in made.objects]
     made.items = {**of_rank.items, **made.items}
     made.paths = {**of_rank.paths, **made.paths}
@@ -252,10 +279,12 @@ def is_optimizer_item(name: str, path: tuple[Any, ...]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """What an output of the same kind takes over: the files, and what ``.metadata`` tells beside the weights."""
+    """What an output of the same kind takes over: the files, and what ``.metadata`` tells beside the weights. ``told``: all
+    that it tells, kept so that it is not read again for the next step of the run."""
 
     home: Home
     metadata: Metadata
+    told: Metadata
 
     def place(self, item: Item, what: str) -> tuple[Location, int]:
         """Returns the file and the offset of an item. Raises FormatError if it is not there."""
@@ -306,7 +335,8 @@ class _Reading:
         made.own_files = _OWN_FILES
         made.reading_bytes = _LISTED_BYTES * len(self.metadata.items)
         items = {key: item for key, item in self.metadata.items.items() if key[0] not in self.weights}
-        made.distributed = Saved(self.home, Metadata(self.left, self.metadata.objects, items, self.metadata.paths))
+        beside = Metadata(self.left, self.metadata.objects, items, self.metadata.paths)
+        made.distributed = Saved(self.home, beside, self.metadata)
         made.skipped = self._skipped(places)
         made.notes += self._notes()
         made.facts |= self._facts()
