@@ -39,6 +39,7 @@ _OPTIMIZER = re.compile(r"(?i)((.*_)?optim(izer)?s?|chained)(_\d+|_states?|_stat
 _FLAT_OPTIMIZER = re.compile(
     r"state\..+\.(exp_avg|exp_avg_sq|max_exp_avg_sq|step|momentum_buffer|square_avg|sum)|param_groups\..+"
 )
+_MASTER = re.compile(r"(?:.*?\.)?(?:fp32_param|master_param|param)\.(.+)")
 _STEPS = ("iteration", "global_step", "step", "epoch")
 _BESIDE = ("meta.pt", "common.pt")
 BESIDE = (*_BESIDE, "metadata.json")
@@ -277,6 +278,17 @@ def is_optimizer_item(name: str, path: tuple[Any, ...]) -> bool:
     )
 
 
+def weight_of_master(name: str, entry: Entry, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Returns the weight of which an optimizer's entry is the copy in float32, by its name in Megatron
+    (``optimizer.state.param.WEIGHT``). None for any other entry. ``shapes``: those of the weights."""
+    found = _MASTER.fullmatch(name) if entry.dtype is DType.F32 else None
+    while found is not None:  # "param" may be a part of a weight's name too
+        if shapes.get(found[1]) == entry.shape:
+            return found[1]
+        found = _MASTER.fullmatch(found[1])
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Saved:
     """What an output of the same kind takes over: the files, and what ``.metadata`` tells beside the weights. ``told``: all
@@ -448,13 +460,33 @@ class _Reading:
         return made
 
     def _skipped(self, places: Mapping[str, Place]) -> dict[Location, list[tuple[int, int]]]:
-        """Returns the ranges of the used files whose items no merge reads."""
+        """Returns the ranges of the used files whose items no merge reads: whole items, or the bytes of an optimizer's
+        copies of the weights, which an output has from the merge."""
         skipped: dict[Location, list[tuple[int, int]]] = defaultdict(list)
-        for (name, _), item in self.metadata.items.items():
+        shapes = {name: entry.shape for name, entry in self.weights.items()}
+        masters = {name for name, entry in self.left.items() if weight_of_master(name, entry, shapes) is not None}
+        for (name, offsets), item in self.metadata.items.items():
             if name not in self.weights and item.file in places and item.nbytes:
-                path, base, _ = places[item.file]
-                skipped[path].append((base + item.offset, item.nbytes))
+                path, base, size = places[item.file]
+                span = base + item.offset, item.nbytes
+                if name in masters and offsets is not None and item.offset + item.nbytes <= size:
+                    span = self._within(path, span, self.left[name], offsets) or span
+                skipped[path].append(span)
         return skipped
+
+    def _within(
+        self, path: Location, span: tuple[int, int], entry: Entry, offsets: tuple[int, ...]
+    ) -> tuple[int, int] | None:
+        """Returns where the bytes of a tensor lie in its item. None if they are not plain ones."""
+        sizes = dict(entry.boxes).get(offsets)
+        if sizes is None or entry.dtype is None:
+            return None
+        with path.stream() as stream:
+            try:
+                source = self._piece(stream, path, Item("", *span), TensorSpec("", entry.dtype, sizes), "")
+            except StreammergeError:
+                return None
+        return (source.offset, source.spec.nbytes) if source.__class__ is Stored else None
 
     def _notes(self) -> list[str]:
         notes = []
