@@ -234,7 +234,8 @@ def test_a_command_imports_only_what_it_needs(command: str, tmp_path: Path) -> N
 
 CONVERTING = (
     "formats.dcp", "methods.difference", "methods.spectral", "planning.copies", "planning.dispositions.entries",
-    "planning.outputs.tree_edits", "quantised", "recipe.stages", "running.relatives", "running.sweeping", "tensors.matching",
+    "planning.outputs.tree_edits", "quantised", "recipe.stages", "running.relatives", "running.sweeping",
+    "tensors.matching",
 )  # fmt: skip
 
 
