@@ -31,7 +31,7 @@ _SAMPLED = (
     "distances are estimated while merging, from a sample: all of a tensor up to 256 elements, 256 of up to 65,536, 0.16 % "
     "of a million, 0.1 % of 4 million and more. Where all elements change alike, they are within 1 % from 4 million "
     "on, 5 % below; where rows, columns and single elements change very unlike, within 10 %, and 25 % below (medians). "
-    "`streammerge report OUT --exact` compares all elements"
+    "A report that is asked to be exact compares all elements"
 )
 _EXACT = "distances are of all elements, measured by reading the inputs and the output again"
 
