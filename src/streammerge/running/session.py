@@ -27,7 +27,6 @@ from streammerge.running.job import Job, OutputPlace, lent, new_key
 from streammerge.running.nonfinite import culprit
 from streammerge.running.readback import check_structure
 from streammerge.running.reading import ChecksumWork, HashWork, largest_first, neighbours
-from streammerge.running.relatives import strangers
 from streammerge.stores.base import Location, Output, Staging
 from streammerge.stores.checksums import Checksum
 from streammerge.stores.digests import COPY_BYTES
@@ -152,6 +151,8 @@ class Run:
     def _warn_of_strangers(self) -> None:
         """Warns of inputs that seem to come from another training."""
         if len(self.plan.recipe.entries) > 1:
+            from streammerge.running.relatives import strangers  # here, because a single model has no strangers
+
             self.warnings += strangers(self.plan.tasks, self._inputs, self.plan.owners)
             for warning in self.warnings:
                 self.listener(Told("warning", warning))
@@ -338,10 +339,10 @@ class Run:
         turning = Turning(self._job(), self._tasks, self._wanted, lambda size: self.staging.temporary("turned", size))
         for number, done in turning.make(self._executor, self._inputs):
             task = self._tasks[number]
-            self._turned_nonfinite[number], self._turned_measured[number] = done.nonfinite, done.measured
+            self._turned_nonfinite[number] = done.nonfinite
             self.read_bytes += done.read_bytes
             self.listener(Spooled(task.out.name, task.read_bytes))
-        self._tasks = turning.tasks
+        self._tasks, self._turned_measured = turning.tasks, turning.measured
 
     # ------------------------------------------------------------------------------------------------------- output
 
