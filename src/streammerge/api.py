@@ -122,6 +122,7 @@ def plan(
     """
     given = locals()
     from streammerge.requests.merging import Request
+    from streammerge.requests.plans import output_warnings
 
     saving = picked(Saving, given)
     with remembering():
@@ -137,6 +138,7 @@ def plan(
                 )
             return adapter_plan(combined, request.out, request.resources)
         made = request.plan()
+    made.warnings += output_warnings(made)
     if saving.save is not None:
         from streammerge.requests import machines  # here, because most plans are not saved
 
@@ -215,7 +217,6 @@ def merge(
     """
     given = locals()
     from streammerge.requests.merging import Request
-    from streammerge.requests.plans import output_warnings
 
     request = Request.of(given)
     with _run_options(given) as running:
@@ -242,8 +243,6 @@ def merge(
             folder = parse(request.merging.convert_first)
             if conversions.convert_first(made.recipe, folder, request.resources, running):
                 made = request.plan()
-        foreseen = output_warnings(made)  # the run itself raises these as errors, unless they are allowed
-        made.warnings = [warning for warning in made.warnings if warning not in foreseen]
         if report is None and not statistics:
             return _executed(made, running, given, before)
         page = None if report is None else parse(path_of("report", report))
@@ -569,6 +568,7 @@ def report(
     *,
     inputs: PathLike | None = None,
     compare: bool = True,
+    exact: bool = False,
     overwrite: bool = False,
     memory: str | SupportsIndex = DEFAULT_MEMORY,
     workers: SupportsIndex | None = None,
@@ -581,7 +581,8 @@ def report(
 
     The page is one file that opens offline. What was merged comes from the receipt, and distances from the inputs that are
     found, which are read again. A merge with ``report`` or ``statistics`` measures them while it merges; the statistics
-    stay beside the output, and then no input is read. Needs ``streammerge[report]``.
+    stay beside the output, and then no input is read. These distances are of a sample; ``exact`` reads output and inputs
+    again, for distances of all elements. Needs ``streammerge[report]``.
     ``listener`` and ``progress``: as of :func:`merge`. Raises RecipeError, and VerifyError for an output without a receipt.
     """
     given = locals()
@@ -595,7 +596,8 @@ def report(
         return diff(path, made, memory=memory, workers=workers, io=io, listener=listener, progress=progress)
 
     folder = None if asked.inputs is None else str(asked.inputs)
-    making.report_output(parse(path_of("out", out)), place, folder, compared if asked.compare else None)
+    reading = compared if asked.compare else None
+    making.report_output(parse(path_of("out", out)), place, folder, reading, asked.exact)
     return place
 
 

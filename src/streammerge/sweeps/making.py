@@ -13,7 +13,6 @@ from streammerge.errors import BudgetError, RecipeError, StreammergeError, print
 from streammerge.events import Event, Listener, Preparing, RunFinished, RunStarted, Suspended, TaskDone, Told
 from streammerge.planning.plan import Plan
 from streammerge.requests.merging import Request
-from streammerge.requests.plans import output_warnings
 from streammerge.running import process
 from streammerge.running.execution import publish, refuse_input_as_output, refuse_to_lose_files, started
 from streammerge.running.readback import receipt_of
@@ -65,8 +64,6 @@ class Maker:
             asked["memory"] = memory
         request = Request.of(asked)
         plan = (request if recipe is None else replace(request, vary=point.varied)).plan()
-        obstacles = output_warnings(plan)
-        plan.warnings = [warning for warning in plan.warnings if warning not in obstacles]
         return request, plan
 
     def make(self, points: Sequence[Point], earlier: Mapping[str, Made], done: Callable[[list[Made]], None]) -> list[Made]:
@@ -178,7 +175,7 @@ class Maker:
         process.reset_peak()
         startup, began = process.resident_bytes(), time.perf_counter()
         together = Together(plans) if len(plans) > 1 else None
-        once = together.read_bytes if together else 0
+        once, in_turn = together.read_bytes if together else 0, 0
         written = sum(plan.write_bytes for plan in plans)
         reading = once + sum(plan.read_bytes for plan in plans) - once * len(plans)
         tell(RunStarted(reading, written, plans[0].memory_bytes, sum(len(plan.tasks) for plan in plans)))
@@ -209,6 +206,7 @@ class Maker:
                 asked = (self._memory_bytes, workers, options.executor, options.polite, tell)
                 self.tally.read_bytes += together.make(runs, *asked)
                 self.tally.reads += 1
+                in_turn = together.make_long(runs, options.executor)
             for run in runs:
                 run.finish()
                 publish(run, inner)
@@ -216,7 +214,8 @@ class Maker:
         alone_too = sum(run.read_bytes > 0 for run in runs)
         self.tally.reads += alone_too if together is None else 0
         if together is not None and alone_too:
-            self._told("note", f"{alone_too} outputs read some tensors again, whose passes all workers share")
+            how = ", one after the other while a tensor is in the system's cache" if in_turn else ""
+            self._told("note", f"{alone_too} outputs read some tensors again, whose passes all workers share{how}")
         self.tally.read_bytes += sum(run.read_bytes for run in runs)
         self.tally.written_bytes += written
         self.tally.startup_bytes = startup
