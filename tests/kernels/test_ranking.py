@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from streammerge.kernels import ranking
 from streammerge.kernels.ranking import (
     Guess,
     affordable,
@@ -90,3 +92,12 @@ def test_a_search_that_meets_nan_says_so() -> None:
     assert keep_rows(values, [(0, 0)], torch.empty(2), torch.empty(2)), "nothing is searched"
     assert values[0, 0] == 0
     assert math.isnan(values[0, 1]), "NaN stays, so that the result says it"
+
+
+def test_the_place_of_a_true_value_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranking, "_LISTED", 4)
+    for step in (1, 2, 7):
+        flags = np.zeros(103, bool)
+        flags[step // 2 :: step] = True
+        places = [ranking._place_of(flags, count) for count in range(1, int(flags.sum()) + 1)]
+        assert places == [*range(step // 2, 103, step)]
