@@ -27,7 +27,8 @@ LEAST_BLOCK_BYTES = 256 << 10
 _MOST_REQUESTS = 32
 _BLOCKS = 16
 BLOCKS_OF_STREAM = 3
-"""The blocks that there should be for each stream: the present one, the one after it, and one under way."""
+"""The least blocks for each stream in a budget: the present one, the one after it, and one under way. Where memory gives more
+than that, blocks are larger, and there are two and a half for each."""
 _POLL_SECONDS = 0.2
 
 
@@ -74,7 +75,7 @@ class Ahead:
     def __init__(self, nbytes: int, streams: int = 1) -> None:
         nbytes //= 2
         self._streams = max(streams, 1)
-        block = min(max(nbytes // max(BLOCKS_OF_STREAM * self._streams, _BLOCKS), LEAST_BLOCK_BYTES), BLOCK_BYTES)
+        block = min(max(nbytes // max(self._streams * 5 // 2, _BLOCKS), LEAST_BLOCK_BYTES), BLOCK_BYTES)
         self.block_bytes = block - block % LEAST_BLOCK_BYTES
         self._most = max(nbytes // self.block_bytes, 2)
         self._following = max(self._most // self._streams // 4, 1)
