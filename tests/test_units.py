@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import streammerge as sm
-from streammerge.units import binary_bytes, decimal_bytes, parse_bytes
+from streammerge.units import binary_bytes, counted, decimal_bytes, inflected, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,11 @@ def test_sizes_as_people_read_them() -> None:
         "123 kB",
     ]
     assert [binary_bytes(n) for n in (1 << 20, 221 << 20, 3 << 30)] == ["1.0 MiB", "221 MiB", "3.0 GiB"]
+
+
+def test_verbs_agree_with_their_number() -> None:
+    assert [f"{counted(n, 'tensor')} {inflected(n, 'is', 'are')}" for n in (0, 1, 2)] == [
+        "0 tensors are",
+        "1 tensor is",
+        "2 tensors are",
+    ]

@@ -122,6 +122,7 @@ def plan(
     """
     given = locals()
     from streammerge.requests.merging import Request
+    from streammerge.requests.plans import output_warnings
 
     saving = picked(Saving, given)
     with remembering():
@@ -137,6 +138,7 @@ def plan(
                 )
             return adapter_plan(combined, request.out, request.resources)
         made = request.plan()
+    made.warnings += output_warnings(made)
     if saving.save is not None:
         from streammerge.requests import machines  # here, because most plans are not saved
 
@@ -215,7 +217,6 @@ def merge(
     """
     given = locals()
     from streammerge.requests.merging import Request
-    from streammerge.requests.plans import output_warnings
 
     request = Request.of(given)
     with _run_options(given) as running:
@@ -242,8 +243,6 @@ def merge(
             folder = parse(request.merging.convert_first)
             if conversions.convert_first(made.recipe, folder, request.resources, running):
                 made = request.plan()
-        foreseen = output_warnings(made)  # the run itself raises these as errors, unless they are allowed
-        made.warnings = [warning for warning in made.warnings if warning not in foreseen]
         if report is None and not statistics:
             return _executed(made, running, given, before)
         page = None if report is None else parse(path_of("report", report))

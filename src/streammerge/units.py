@@ -57,6 +57,11 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
+def inflected(number: int, one: str, many: str) -> str:
+    """Returns the verb or pronoun of so many things: ``is`` or ``are``."""
+    return one if number == 1 else many
+
+
 def binary_bytes(count: float) -> str:
     """Formats an amount of memory: ``221 MiB``."""
     return _format(count, 1024, ["bytes", "KiB", "MiB", "GiB", "TiB"])

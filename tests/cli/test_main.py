@@ -25,7 +25,7 @@ from streammerge.version import __version__
     ("arguments", "code", "said"),
     [
         (["merge", "absent.pth", "-o", "x.pth"], 2, "absent.pth does not exist"),
-        (["merge", "news.pth", "audiobook.pth", "--weights", "1", "-o", "x.pth"], 2, "1 weights for 2 inputs"),
+        (["merge", "news.pth", "audiobook.pth", "--weights", "1", "-o", "x.pth"], 2, "1 weight for 2 inputs"),
         (["merge", "news.pth", "audiobook.pth", "--weights", "a,b", "-o", "x.pth"], 2, "takes numbers joined by commas"),
         (["merge", "news.pth", "audiobook.pth", "--weights", "1,-1", "-o", "x.pth"], 2, "sum to zero"),
         (["merge", "news.pth", "-o", "x.txt"], 2, "x.txt does not say what to write"),

@@ -399,7 +399,7 @@ def test_loaders_read_all_tensors_of_the_shards_wherever_the_index_puts_them(tmp
     folder = indexed(tmp_path / "in", {"a": "y.safetensors", "b": "y.safetensors", "c": "x.safetensors"}, files)
     index = sm.inspect(folder)
     assert sorted(index) == ["a", "b", "extra"]
-    assert any("does not name 1 tensors of its shards, which loaders read too: extra" in note for note in index.notes)
+    assert any("does not name 1 tensor of its shards, which loaders read too: extra" in note for note in index.notes)
     assert any("puts a into another shard" in note for note in index.notes)
     assert len(index.warnings) == 1
     assert "names tensors that no shard has: c" in index.warnings[0]

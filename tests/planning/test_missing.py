@@ -139,7 +139,7 @@ def test_an_average_that_one_input_has_in_its_state_dict_is_left_out(kind: str, 
     assert made.keys() == plain[0].keys()
     for name in plain[0]:
         assert torch.equal(made[name], mean(plain[0][name], plain[1][name]))
-    said = "so it would be stale" if holder == "first" else "are a running average, which a.pth lacks; they stay out"
+    said = "so it would be stale" if holder == "first" else "a running average, which a.pth lacks; "
     assert any(said in note and called("norm.weight").partition(".")[0] in note for note in result.notes)
 
 
@@ -177,7 +177,7 @@ def test_an_input_may_lack_a_counter(counter: str, policy: str, holder: str) -> 
     assert torch.equal(made["norm.weight"], mean(draw(92, 4), draw(93, 4)))
     if holder == "first":
         assert made[counter] == 70
-    assert any(f"({counter}) are not in every input" in note and "counters" in note for note in result.notes)
+    assert any(f"1 tensor ({counter}) is not in every input" in note and "counters" in note for note in result.notes)
     assert not result.warnings
 
 

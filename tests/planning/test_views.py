@@ -89,7 +89,7 @@ def test_a_stack_that_could_be_another_one_must_be_named() -> None:
         ["dec.layers.0.w"],
         ["enc.layers.0.w", "enc.layers.1.w", "head.w"],
     ]
-    assert any(note.startswith("3 tensors belong to no module and are copied") for note in made.notes)
+    assert any(note.startswith("3 tensors belong to no module, so they are copied") for note in made.notes)
     with pytest.raises(sm.RecipeError, match="belongs to a module text; names begin with dec, enc, head"):
         parts("passthrough", modules={"text": {"models": [{"model": "both.safetensors"}]}})
 

@@ -92,7 +92,7 @@ def test_a_list_is_one_value_per_model_and_the_base_may_go_without() -> None:
 @pytest.mark.parametrize(
     ("weights", "parameters", "words"),
     [
-        ([1.0], {}, "1 weights for 2 inputs"),
+        ([1.0], {}, "1 weight for 2 inputs"),
         ([1.0, float("nan")], {}, "weights must be finite"),
         ([1.0, 2.0], {"weight": 1}, "give only one"),
         (None, {"weight": 1, "weight_": 2}, "the parameter weight is given twice"),

@@ -458,7 +458,7 @@ class TestFolders:
         result = sm.merge(recipe={"merge_method": "linear", "modules": modules}, out="out.safetensors")
         made = load_safetensors(Path("out.safetensors"))
         assert_same(made, {"enc.w": mean([a["enc.w"], b["enc.w"]], [1, 1]), "dec.w": a["dec.w"]})
-        assert any("belong to no module and are copied: dec.w" in note for note in result.notes)
+        assert any("to no module, so it is copied: dec.w" in note for note in result.notes)
 
     def test_layers_cannot_be_moved_in_a_pth(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)

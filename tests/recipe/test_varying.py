@@ -75,7 +75,7 @@ def test_a_base_among_the_models_has_no_weight() -> None:
 @pytest.mark.parametrize(
     ("data", "weights", "parameters", "said"),
     [
-        (TWO, [0.5], {}, "1 values of weight for 2 models"),
+        (TWO, [0.5], {}, "1 value of weight for 2 models"),
         (TWO, [0.5, 0.5], {"weight": 1}, "mean the same"),
         (TWO, None, {"density": 0.5}, "linear has no parameter density"),
         (TWO, None, {"normalize": [True, False]}, "one value for all models"),

@@ -124,7 +124,7 @@ def test_two_interruptions(pair: list[Path], tmp_path: Path) -> None:
     assert content(out) == content(whole)
 
 
-@pytest.mark.parametrize("where", ["session.plan_parts", "session.strangers", "session.Run._spool", "reading.outside"])
+@pytest.mark.parametrize("where", ["session.plan_parts", "relatives.strangers", "session.Run._spool", "reading.outside"])
 def test_an_interruption_before_the_first_piece_loses_nothing(
     pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:

@@ -265,7 +265,7 @@ def test_a_greedy_soup_takes_what_does_not_harm(here: Path) -> None:
         ({"weights": WEIGHTS, "score": "x"}, "`score` takes a command with {}"),
         ({"parameters": {"t": "0.2:0.8"}, "method": "slerp"}, "a range without a step"),
         ({"parameters": {"t": "0.8:0.2:0.1"}, "method": "slerp"}, "is no range"),
-        ({"weights": [[0.5]]}, "1 weights for 2 inputs"),
+        ({"weights": [[0.5]]}, "1 weight for 2 inputs"),
         ({"epochs": "1:2"}, "has no number in its name"),
         ({"weights": WEIGHTS, "score": "false {}"}, "ended with code 1"),
         ({"weights": WEIGHTS, "score": "echo none {} | tr -d 0-9"}, "printed no number"),

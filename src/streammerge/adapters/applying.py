@@ -19,6 +19,7 @@ from streammerge.sources.joined import joined
 from streammerge.sources.rows import rows_of
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.layers import layer_of
+from streammerge.units import counted, inflected
 
 __all__ = ["adapted", "read_adapter"]
 
@@ -94,8 +95,8 @@ class _Adapted:
         self.notes += [*adapter.notes, *dict.fromkeys(names.notes)]
         scale = "" if strength == 1.0 else f", times {strength:g}"
         self.notes.append(
-            f"{printable(self.base.path)}: {len(touched)} of its {len(self.base.entries)} tensors are changed by the "
-            f"adapter {adapter.where} ({adapter.dialect}{scale})"
+            f"{printable(self.base.path)}: {len(touched)} of its {counted(len(self.base.entries), 'tensor')} "
+            f"{inflected(len(touched), 'is', 'are')} changed by the adapter {adapter.where} ({adapter.dialect}{scale})"
         )
 
     def _lost(self, adapter: Adapter, lost: list[Module], names: Names, strength: float) -> None:

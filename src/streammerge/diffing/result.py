@@ -10,7 +10,7 @@ from streammerge.diffing.sums import Agreement, Measured, Sums
 from streammerge.errors import listed, printable
 from streammerge.tensors.layers import layer_of
 from streammerge.tensors.spec import TensorSpec
-from streammerge.units import binary_bytes, counted, decimal_bytes
+from streammerge.units import binary_bytes, counted, decimal_bytes, inflected
 
 _AGREE, _PART = 0.5, 0.15
 """Cosines of two changes: at least the first, and a mean keeps most of both; below the second, they are independent."""
@@ -266,7 +266,8 @@ class Diff(Measured):
             which = f", {len(moved)} of them different"
         which += "" if every else ", the farthest first"
         rows = [_row(each.name, each, each.agreement) for each in shown]
-        return [f"{len(self.layers)} layers and other modules{which}", *_table(rows)] if rows else []
+        these = inflected(len(self.layers), "layer or other module", "layers and other modules")
+        return [f"{len(self.layers)} {these}{which}", *_table(rows)] if rows else []
 
     def _tensor_table(self) -> list[str]:
         rows = [_row(each.name, each if each.comparable else None, each.agreement) for each in self.tensors]

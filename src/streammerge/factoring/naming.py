@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from streammerge.adapters.layouts import FLAT_BLOCKS, flat_blocks, other_names
 from streammerge.adapters.modules import Adapter, Module
 from streammerge.errors import MismatchError, printable
+from streammerge.units import counted, inflected
 
 _STARTS: tuple[tuple[str, str], ...] = (
     ("lora_unet_", "unet"),
@@ -226,7 +227,8 @@ def said(adapters: Sequence[Adapter], modules: Mapping[str, Sequence[tuple[int, 
             alone = [name for name, found in modules.items() if [each for each, _ in found] == [number]]
             if alone:
                 notes.append(
-                    f"{len(alone)} of {len(modules)} modules are only in {adapter.where}, like {printable(alone[0])}; "
+                    f"{len(alone)} of {counted(len(modules), 'module')} {inflected(len(alone), 'is', 'are')} only "
+                    f"in {adapter.where}, like {printable(alone[0])}; "
                     "the others' updates count as zero there"
                 )
     return notes

@@ -18,6 +18,7 @@ from streammerge.sources.table import StoredTable, concatenated
 from streammerge.stores.base import Location
 from streammerge.stores.names import is_inner
 from streammerge.strict_json import load_json
+from streammerge.units import counted
 
 MAX_INDEX_BYTES = 256 << 20
 _READERS = 4
@@ -146,7 +147,7 @@ def _joined(made: Container, named: Location, containers: list[Container], weigh
         made.notes.append(f"{where} puts {listed(moved)} into another shard than the one that has it, where it was taken")
     if extra:
         made.notes.append(
-            f"{where} does not name {len(extra)} tensors of its shards, which loaders read too: {listed(extra)}"
+            f"{where} does not name {counted(len(extra), 'tensor')} of its shards, which loaders read too: {listed(extra)}"
         )
     absent = [name for name in weight_map if name not in tree]
     if 2 * len(absent) > len(weight_map):

@@ -23,7 +23,7 @@ from streammerge.kernels.spill import held_bytes
 from streammerge.plugins import Registry, imported
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import GRAIN
-from streammerge.units import plain_number
+from streammerge.units import counted, plain_number
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +61,8 @@ class Parameter(NamedTuple):
             return values * models
         if len(values) != models:
             raise RecipeError(
-                f"{len(values)} values of {self.name} for {models} models; give one for each, or a single one for all"
+                f"{counted(len(values), 'value')} of {self.name} for {counted(models, 'model')}; "
+                "give one for each, or a single one for all"
             )
         return values
 

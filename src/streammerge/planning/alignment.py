@@ -17,7 +17,7 @@ from streammerge.planning.aligned import Merged, MergedTensors, Views, Way, has_
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.matched import MatchedViews, SameNames, matched
 from streammerge.planning.mismatch import Differing, Mismatch
-from streammerge.planning.missing import Ignored, Missing
+from streammerge.planning.missing import KEPT, Ignored, Missing
 from streammerge.planning.parameters import ParameterValues, shares
 from streammerge.planning.refusals import quantised, refuse_inseparable, refuse_unmerged, refuse_unreadable
 from streammerge.planning.ruled import Rules, drops
@@ -34,6 +34,7 @@ from streammerge.tensors.spec import TensorSpec
 if TYPE_CHECKING:
     from streammerge.planning.vocabularies import Tokenized
 
+_DIFFERING = ("differs in shape or dtype", "differ in shape or dtype")
 _WIDE = (DType.F64, DType.C128)
 BY_RULE = "by the rule for "
 """The begin of each reason that is a rule of the recipe."""
@@ -190,7 +191,7 @@ class _Aligner:
             self.alignment.merged = made
         else:
             self.alignment.merged = [*self.alignment.merged, *made, *added]
-        self.alignment.notes += self.remade.notes("are kept as the first has them", "differ in shape or dtype")
+        self.alignment.notes += self.remade.notes(KEPT, _DIFFERING)
 
     def _objects(self, names: list[str], ties: dict[str, str], ruled: Mapping[str, Rule | None]) -> list[Merged]:
         """Makes the tensors of these names one by one."""

@@ -8,6 +8,7 @@ from streammerge.recipe.model import Recipe
 from streammerge.tensors.matching import match
 from streammerge.tensors.names import why_ignored
 from streammerge.tensors.spec import TensorSpec
+from streammerge.units import counted, inflected
 
 
 def check_likeness(recipe: Recipe, like: CheckpointIndex, given: CheckpointIndex) -> list[str]:
@@ -43,8 +44,8 @@ def check_likeness(recipe: Recipe, like: CheckpointIndex, given: CheckpointIndex
     if recipe.recast is not None or not rounded:
         return []
     return [
-        f"{len(rounded)} tensors ({listed(rounded, 2)}) are rounded to the dtype that {printable(like.path)} has; "
-        "`dtype` sets another one"
+        f"{counted(len(rounded), 'tensor')} ({listed(rounded, 2)}) {inflected(len(rounded), 'is', 'are')} rounded to the "
+        f"dtype that {printable(like.path)} has; `dtype` sets another one"
     ]
 
 

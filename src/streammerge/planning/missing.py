@@ -14,10 +14,16 @@ from streammerge.planning.views import View
 from streammerge.recipe.model import Recipe, Rule
 from streammerge.sources.base import Source
 from streammerge.tensors.names import copies_among, is_counter, spelled, why_optional
+from streammerge.units import counted, inflected
 
 if TYPE_CHECKING:
     from streammerge.checkpoints.index import CheckpointIndex
     from streammerge.checkpoints.profiles import Profile
+
+
+KEPT = ("it is kept as the first has it", "they are kept as the first has them")
+_OUT = ("it stays out, as the first lacks it", "they stay out, as the first lacks them")
+_PARTIAL = ("is not in every input", "are not in every input")
 
 
 class Missing:
@@ -63,13 +69,14 @@ class Missing:
             if self.recipe.on_missing == "union":
                 for name in extra:
                     self.added.setdefault(spelled(name), (name, other))
-        self.notes += absent.notes("are kept as the first has them")
-        self.notes += foreign.notes("stay out, as the first lacks them")
+        self.notes += absent.notes(KEPT)
+        self.notes += foreign.notes(_OUT)
         optional = [n for n in ruled if n in partial and self.optional(n)]
         if optional and self.profile:
             self.notes.append(
-                f"{len(optional)} tensors that the {self.profile.name} loader ignores ({optional[0].split('.')[0]}.*, ...) "
-                "are not in every input; they are kept as in the first"
+                f"{counted(len(optional), 'tensor')} that the {self.profile.name} loader ignores "
+                f"({optional[0].split('.')[0]}.*, ...) {inflected(len(optional), 'is', 'are')} not in every input, and "
+                "kept as in the first"
             )
         if self.recipe.on_missing == "drop":
             return [n for n in ruled if n not in partial or n in absent.names or self.optional(n)]
@@ -98,8 +105,9 @@ class Missing:
         self.stale.update(ours)
         if theirs:
             self.notes.append(
-                f"{printable(other.index.path)}: {len(theirs)} tensors ({listed(theirs, 2)}) are a running average, which "
-                f"{printable(self.base.index.path)} lacks; they stay out"
+                f"{printable(other.index.path)}: {counted(len(theirs), 'tensor')} ({listed(theirs, 2)}) "
+                f"{inflected(len(theirs), 'is', 'are')} a running average, which {printable(self.base.index.path)} lacks; "
+                f"{inflected(len(theirs), 'it stays', 'they stay')} out"
             )
         return [n for n in missing if n not in set(ours)], [n for n in extra if n not in set(theirs)]
 
@@ -143,10 +151,11 @@ class Ignored:
             self.reasons.setdefault(reason, []).append(name)
         return bool(reason)
 
-    def notes(self, fate: str, what: str = "are not in every input") -> list[str]:
-        """Returns a sentence for each reason."""
+    def notes(self, fate: tuple[str, str], what: tuple[str, str] = _PARTIAL) -> list[str]:
+        """Returns a sentence for each reason. ``fate``, ``what``: what is said of one tensor, and of several."""
         return [
-            f"{len(names)} tensors ({listed(names, 2)}) {what}; they {fate}, since they are {reason}"
+            f"{counted(len(names), 'tensor')} ({listed(names, 2)}) {inflected(len(names), *what)}; "
+            f"{inflected(len(names), *fate)}, since {inflected(len(names), 'it is among the', 'they are')} {reason}"
             for reason, names in self.reasons.items()
         ]
 

@@ -13,6 +13,7 @@ from streammerge.planning.views import Part
 from streammerge.recipe.model import Recipe, Rule
 from streammerge.recipe.settings import Chain, Setting, Settings
 from streammerge.sources.base import Source
+from streammerge.units import counted
 
 
 @dataclass(slots=True, eq=False)
@@ -106,7 +107,10 @@ class ParameterValues:
         if parameter.per_model and len(ruled) == 1 and ruled[0].filter is None and isinstance(values, tuple):
             if len(values) != models:
                 where = self.recipe.at((*rule.path, "parameters", parameter.name))
-                raise RecipeError(f"{where}{len(values)} values of {parameter.name} for {models} models; give one for each")
+                raise RecipeError(
+                    f"{where}{counted(len(values), 'value')} of {parameter.name} for {counted(models, 'model')}; "
+                    "give one for each"
+                )
             each = [(replace(ruled[0], value=value),) for value in values]
         return [{parameter.name: setting} for setting in each]
 

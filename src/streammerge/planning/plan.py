@@ -29,7 +29,7 @@ from streammerge.recipe.summary import recipe_lines, rule_lines, stage_lines, we
 from streammerge.sources.base import BlobPath, Source
 from streammerge.stores.base import Location, Status
 from streammerge.stores.locations import parse
-from streammerge.units import binary_bytes, counted, decimal_bytes
+from streammerge.units import binary_bytes, counted, decimal_bytes, inflected
 
 if TYPE_CHECKING:
     from streammerge.checkpoints.index import CheckpointIndex
@@ -202,7 +202,7 @@ class Plan:
             facts.append(("spilled", f"{size} of vectors and sums are looked at again, in temporary files"))
         budget, processes = self.budget, " in processes" if self.executor == "processes" else ""
         memory = f"{binary_bytes(self.peak_bytes)} projected of {binary_bytes(self.memory_bytes)}, above start-up "
-        memory += f"({budget.workers} workers{processes}, chunks of {budget.chunk_elems} elements, {self.io})"
+        memory += f"({counted(budget.workers, 'worker')}{processes}, chunks of {budget.chunk_elems} elements, {self.io})"
         facts.append(("memory", memory))
         facts += self.dispositions.facts()
         told = set(self.dispositions.notes())
@@ -368,8 +368,9 @@ def aligned(recipe: Recipe, indexes: Indexes) -> tuple[Recipe, Alignment]:
         recipe = replace(recipe, mixed_dtypes="promote" if recipe.promotes else "first")
     if recipe.promotes:
         alignment.notes += [
-            f"{len(names)} tensors ({listed(names, 2)}) have several dtypes in the inputs and are written as "
-            f'{dtype.torch_name}, as in mergekit; `dtype`, or `mixed_dtypes="first"`, says otherwise'
+            f"{counted(len(names), 'tensor')} ({listed(names, 2)}) {inflected(len(names), 'has', 'have')} several dtypes "
+            f"in the inputs and {inflected(len(names), 'is', 'are')} written as {dtype.torch_name}, as in mergekit; "
+            '`dtype`, or `mixed_dtypes="first"`, says otherwise'
             for dtype, names in alignment.mixed.items()
         ]
     if recipe.merge_method.passes or recipe.merge_method.row:

@@ -18,6 +18,7 @@ from streammerge.sources.table import same_tensors
 from streammerge.tensors.adapters import factors, holds_its_base
 from streammerge.tensors.quantised import ADVICE, belongs, companions
 from streammerge.tensors.spec import TensorSpec
+from streammerge.units import counted
 
 _LEAST_PLACEHOLDERS = 2
 
@@ -152,9 +153,9 @@ def _adapter(index: CheckpointIndex, told: dict[str, str]) -> str:
     kind, name = next((kind, name) for name, kind in told.items())
     where = printable(index.path)
     return (
-        f"{where} holds {len(told)} factors of an adapter ({kind}: {printable(name)}), and the mean of factors is not the "
-        f"mean of the updates, which are their products; {_into_base(index)}; a rule can copy an adapter's tensors from "
-        "one model"
+        f"{where} holds {counted(len(told), 'factor')} of an adapter ({kind}: {printable(name)}), and the mean of factors "
+        f"is not the mean of the updates, which are their products; {_into_base(index)}; a rule can copy an adapter's "
+        "tensors from one model"
     )
 
 

@@ -29,6 +29,7 @@ from streammerge.recipe.model import Recipe, Reference
 from streammerge.recipe.vocabulary import NO_MODEL, Tokenizer
 from streammerge.stores.base import Location
 from streammerge.stores.locations import parse
+from streammerge.units import counted, inflected
 
 
 def differing_vocabularies(recipe: Recipe, indexes: Indexes) -> list[str]:
@@ -276,8 +277,9 @@ def _stripped(base: Known, pool: Pool) -> Vocabulary:
     base.tokens.added = added
     made = Vocabulary(serials, base.tokens, next_number(ordinary, added), gone=gone)
     if gone:
-        said = f"{len(gone)} tokens of {printable(base.path)} ({listed(sorted(gone), 3)}) have no row in its embeddings"
-        made.notes.append(f"{said}; the output is without them")
+        said = f"{counted(len(gone), 'token')} of {printable(base.path)} ({listed(sorted(gone), 3)})"
+        said += f" {inflected(len(gone), 'has', 'have')} no row in its embeddings"
+        made.notes.append(f"{said}; the output is without {inflected(len(gone), 'it', 'them')}")
     return made
 
 

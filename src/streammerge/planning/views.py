@@ -22,6 +22,7 @@ from streammerge.sources.table import same_names
 from streammerge.stores.base import Location
 from streammerge.tensors.layers import depths, is_before, layer_of, position, renumbered, stacks
 from streammerge.tensors.names import bare
+from streammerge.units import counted, inflected
 
 Indexes = Mapping[Reference, CheckpointIndex]
 _NONE: Settings = {}
@@ -360,5 +361,7 @@ def _rest(recipe: Recipe, first: CheckpointIndex, takes: Belongs, made: Parts) -
     """Makes a part that copies the tensors of no module from the first checkpoint."""
     view = _view(first, takes, _NONE, everything=False)
     if view.entries:
-        made.notes.append(f"{len(view.entries)} tensors belong to no module and are copied: {listed(list(view.entries))}")
+        count = len(view.entries)
+        said = f"{counted(count, 'tensor')} {inflected(count, 'belongs', 'belong')} to no module"
+        made.notes.append(f"{said}, so {inflected(count, 'it is', 'they are')} copied: {listed(list(view.entries))}")
         made.parts.append(Part([view], COPY, False, (0,), (), {}))

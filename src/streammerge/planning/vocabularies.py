@@ -38,6 +38,7 @@ from streammerge.tensors.dtypes import DType, promoted
 from streammerge.tensors.layers import is_before, layer_of
 from streammerge.tensors.matching import match
 from streammerge.tensors.spec import TensorSpec
+from streammerge.units import counted
 
 _WORDS = re.compile(
     r"(^|\.)(embed_tokens\w*|wte|word_embeddings|embed_in|tok_embeddings|tokens_embed|backbone\.embeddings?)\.weight$|"
@@ -477,7 +478,9 @@ class _Rows:
             self.all.indexes[reference] = replace(index, entries=entries)
         if self.zeros:
             names = [self.vocabulary.names[self.vocabulary.serials[t]] for t in sorted(self.zeros)]
-            self.all.warnings.append(f"no model has a row for {len(names)} tokens ({listed(names, 3)}); theirs are zeros")
+            self.all.warnings.append(
+                f"no model has a row for {counted(len(names), 'token')} ({listed(names, 3)}), so zeros stand there"
+            )
 
     def _table(self, table: _Table, holders: tuple[int, ...], number: int, name: str) -> Source:
         """Returns one model's tensor in the order of the output's vocabulary."""

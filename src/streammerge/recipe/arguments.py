@@ -15,7 +15,7 @@ from streammerge.recipe.model import Model, OutputRequest, Recipe, Reference, Ru
 from streammerge.recipe.patterns import parse_pattern
 from streammerge.recipe.reader import checked
 from streammerge.recipe.settings import Setting, constant
-from streammerge.units import plain_number
+from streammerge.units import counted, plain_number
 
 Overrides = Mapping[str, Any]
 _OF_THE_OUTPUT = ("dtype", "out_dtype", "tokenizer_source", "chat_template", "quantise")
@@ -122,7 +122,9 @@ def conversion(
 
 def _weights(weights: Sequence[float], inputs: int) -> list[float]:
     if len(weights) != inputs:
-        raise RecipeError(f"{len(weights)} weights for {inputs} inputs; give one weight per input, like 0.6,0.4")
+        raise RecipeError(
+            f"{counted(len(weights), 'weight')} for {counted(inputs, 'input')}; give one weight per input, like 0.6,0.4"
+        )
     if not all(map(math.isfinite, weights)):
         raise RecipeError("weights must be finite numbers")
     return list(map(float, weights))
@@ -145,5 +147,6 @@ def _one_each(parameter: Parameter, values: list[Any], inputs: Sequence[str], ba
         rest = iter(parsed)
         return [None if base_too else next(rest) for base_too in is_base]
     raise RecipeError(
-        f"{len(values)} values of {parameter.name} for {len(inputs)} models; give one for each, or a single one for all"
+        f"{counted(len(values), 'value')} of {parameter.name} for {counted(len(inputs), 'model')}; give one for each, "
+        "or a single one for all"
     )

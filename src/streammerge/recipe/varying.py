@@ -11,7 +11,7 @@ from streammerge.methods.contracts import MergeMethod, Parameter
 from streammerge.recipe.adapted import resolved
 from streammerge.recipe.model import Model, Recipe, Slice, SliceSource
 from streammerge.recipe.settings import Settings, constant
-from streammerge.units import plain_number
+from streammerge.units import counted, plain_number
 
 _WEIGHT = "weight"
 Entry = TypeVar("Entry", Model, SliceSource)
@@ -118,7 +118,8 @@ def _each_with(
     if entries and len(values) != sum(chosen):
         models = [each.model for each, taken in zip(entries, chosen, strict=True) if taken]
         raise RecipeError(
-            f"{len(values)} values of {parameter.name} for {len(models)} models of the recipe; give one number for each"
+            f"{counted(len(values), 'value')} of {parameter.name} for {counted(len(models), 'model')} of the recipe; "
+            "give one number for each"
         )
     rest = iter(values)
     return tuple(

@@ -14,7 +14,7 @@ from streammerge.planning.plan import Plan
 from streammerge.planning.saved import SavedPlan, output_of, read_saved, saved
 from streammerge.planning.units import Unit, share
 from streammerge.recipe.reader import read_recipe
-from streammerge.requests.plans import output_warnings, planned
+from streammerge.requests.plans import planned
 from streammerge.running.execution import Result
 from streammerge.running.finishing import finish_units, was_finished
 from streammerge.running.session import RunOptions
@@ -70,8 +70,6 @@ def rebuilt(said: SavedPlan, machine: Machine) -> Plan:
     with remembering():
         made = _made_again(said, machine)
         said.check_same(made)
-    foreseen = output_warnings(made)
-    made.warnings = [each for each in made.warnings if each not in foreseen]
     return made
 
 

@@ -34,7 +34,7 @@ def planned(
     held: Held | None = None,
     like: bool = False,
 ) -> Plan:
-    """Returns the plan of a recipe, with warnings about obstacles at the output's place. Reads headers only.
+    """Returns the plan of a recipe. Reads headers only.
 
     ``convert_first``: a folder of converted inputs, which are read where they are current. ``hashed``: whether the receipt
     gets the SHA-256 of each input. ``held``: the state dicts in memory. ``like``: whether the first checkpoint gets the
@@ -59,7 +59,6 @@ def planned(
         )
     made.notes += told
     choose_executor(made, executor)
-    made.warnings += output_warnings(made)
     return made
 
 
@@ -99,7 +98,10 @@ def _indexes(
 
 
 def output_warnings(plan: Plan) -> list[str]:
-    """Returns warnings about known obstacles at the output's place that would stop a run."""
+    """Returns warnings about known obstacles at the output's place that would stop a run.
+
+    A plan that is shown has them. A run raises them as errors, unless its options allow them.
+    """
     if plan.out is None:
         return []
     free = plan.out.absolute().parent.free_bytes()

@@ -27,7 +27,6 @@ from streammerge.running.job import Job, OutputPlace, lent, new_key
 from streammerge.running.nonfinite import culprit
 from streammerge.running.readback import check_structure
 from streammerge.running.reading import ChecksumWork, HashWork, largest_first, neighbours
-from streammerge.running.relatives import strangers
 from streammerge.stores.base import Location, Output, Staging
 from streammerge.stores.checksums import Checksum
 from streammerge.stores.digests import COPY_BYTES
@@ -151,6 +150,8 @@ class Run:
     def _warn_of_strangers(self) -> None:
         """Warns of inputs that seem to come from another training."""
         if len(self.plan.recipe.entries) > 1:
+            from streammerge.running.relatives import strangers  # here, because a single model has no strangers
+
             self.warnings += strangers(self.plan.tasks, self._inputs, self.plan.owners)
             for warning in self.warnings:
                 self.listener(Told("warning", warning))

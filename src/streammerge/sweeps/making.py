@@ -13,7 +13,6 @@ from streammerge.errors import BudgetError, RecipeError, StreammergeError, print
 from streammerge.events import Event, Listener, Preparing, RunFinished, RunStarted, Suspended, TaskDone, Told
 from streammerge.planning.plan import Plan
 from streammerge.requests.merging import Request
-from streammerge.requests.plans import output_warnings
 from streammerge.running import process
 from streammerge.running.execution import publish, refuse_input_as_output, refuse_to_lose_files, started
 from streammerge.running.readback import receipt_of
@@ -65,8 +64,6 @@ class Maker:
             asked["memory"] = memory
         request = Request.of(asked)
         plan = (request if recipe is None else replace(request, vary=point.varied)).plan()
-        obstacles = output_warnings(plan)
-        plan.warnings = [warning for warning in plan.warnings if warning not in obstacles]
         return request, plan
 
     def make(self, points: Sequence[Point], earlier: Mapping[str, Made], done: Callable[[list[Made]], None]) -> list[Made]:

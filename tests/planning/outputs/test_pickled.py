@@ -8,11 +8,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from conftest import assert_same, deflate, load_safetensors, mean, octets, trained, voice
-from safetensors.torch import save_file
+from conftest import assert_same, mean, octets, trained, voice
 
 import streammerge as sm
 
@@ -159,46 +157,6 @@ def test_whole_modules_are_merged_and_written_again(tmp_path: Path) -> None:
     assert merged(torch.ones(2, 3))[0].shape == (2, 5)
 
 
-def test_ema_weights_are_named_and_not_left_stale(tmp_path: Path) -> None:
-    for number in (1, 2):
-        torch.save({"model": trained(number), "ema": trained(10 + number), "epoch": 1}, tmp_path / f"{number}.pt")
-    paths = [tmp_path / "1.pt", tmp_path / "2.pt"]
-    result = sm.merge(paths, tmp_path / "out.pt")
-    merged = torch.load(tmp_path / "out.pt")
-    assert list(merged) == ["model", "ema", "epoch"]
-    both = [trained(11)["layer.bias"], trained(12)["layer.bias"]]
-    assert octets(merged["ema"]["layer.bias"]) == octets(mean(both, [1, 1]))
-    assert not any("left out" in note for note in result.notes)
-    sm.merge(paths, tmp_path / "ema.pt", ema="only")
-    merged = torch.load(tmp_path / "ema.pt")
-    assert list(merged) == ["model", "ema", "epoch"], "what a loader reads is there, and is the average"
-    assert merged["model"]["layer.bias"].data_ptr() == merged["ema"]["layer.bias"].data_ptr()
-    assert octets(merged["ema"]["layer.bias"]) == octets(
-        mean([trained(11)["layer.bias"], trained(12)["layer.bias"]], [1, 1])
-    )
-    sm.merge(paths, tmp_path / "named.safetensors", state_dict="ema")
-    assert octets(load_safetensors(tmp_path / "named.safetensors")["layer.bias"]) == octets(merged["ema"]["layer.bias"])
-    with pytest.raises(sm.RecipeError, match=r"there is no state dict nothing in it; it has model, ema"):
-        sm.inspect(paths[0], state_dict="nothing")
-
-
-def test_several_state_dicts_are_merged_together(tmp_path: Path) -> None:
-    for number in (1, 2):
-        content = {
-            "model": trained(number),
-            "generator": {"0.weight": torch.full((2,), float(number))},
-            "opt": argparse.Namespace(a=1),
-        }
-        torch.save(content, tmp_path / f"{number}.pt")
-    paths = [tmp_path / "1.pt", tmp_path / "2.pt"]
-    sm.merge(paths, tmp_path / "out.pt")
-    merged = torch.load(tmp_path / "out.pt", weights_only=False)
-    assert merged["generator"]["0.weight"].tolist() == [1.5, 1.5]
-    assert merged["opt"] == argparse.Namespace(a=1)
-    sm.merge(paths, tmp_path / "out.safetensors")
-    assert {"model.layer.bias", "generator.0.weight"} <= set(load_safetensors(tmp_path / "out.safetensors"))
-
-
 def test_gpt_sovits_header_is_kept(tmp_path: Path) -> None:
     torch.save({"weight": {"w": torch.ones(3).half()}, "config": {}, "info": "s2v2Pro"}, tmp_path / "in.pth")
     data = bytearray((tmp_path / "in.pth").read_bytes())
@@ -217,60 +175,6 @@ def test_a_flat_state_dict_comes_from_safetensors(tmp_path: Path, voices: tuple[
     merged = torch.load(tmp_path / "out.bin", weights_only=True, mmap=True)
     expected = mean([trained(1)["layer.bias"], trained(2)["layer.bias"]], [1, 1])
     assert octets(merged["xtts.layer.bias"]) == octets(expected)
-
-
-def test_litema_weights_stand_in_when_asked(tmp_path: Path) -> None:
-    state = {
-        "model.a.b": torch.zeros(2),
-        "model.c": torch.zeros(2),
-        "model_ema.ab": torch.ones(2),
-        "model_ema.c": torch.ones(2),
-    }
-    torch.save(
-        {"state_dict": state | {"model_ema.decay": torch.tensor(0.9), "first.w": torch.full((1,), 5.0)}},
-        tmp_path / "sd.ckpt",
-    )
-    sm.merge([tmp_path / "sd.ckpt"], tmp_path / "out.ckpt", ema="prefer")
-    expected = {"model.a.b": torch.ones(2), "model.c": torch.ones(2), "first.w": torch.full((1,), 5.0)}
-    averages = {"model_ema.ab": torch.ones(2), "model_ema.c": torch.ones(2), "model_ema.decay": torch.tensor(0.9)}
-    assert_same(torch.load(tmp_path / "out.ckpt")["state_dict"], expected | averages)
-    sm.merge([tmp_path / "sd.ckpt"], tmp_path / "out.safetensors", ema="prefer")
-    assert_same(load_safetensors(tmp_path / "out.safetensors"), expected)
-
-
-def test_a_merged_tensor_is_merged_wherever_it_stands(tmp_path: Path) -> None:
-    for number in (1.0, 3.0):
-        weight = torch.full((3,), number)
-        torch.save({"model": {"w": weight}, "best": [weight, "x"]}, tmp_path / f"{number}.pt")
-    sm.merge([tmp_path / "1.0.pt", tmp_path / "3.0.pt"], tmp_path / "out.pt")
-    merged = torch.load(tmp_path / "out.pt")
-    assert merged["best"][0].tolist() == [2.0, 2.0, 2.0]
-    assert merged["best"][0].data_ptr() == merged["model"]["w"].data_ptr()
-
-
-def test_only_training_state_is_left_out(tmp_path: Path) -> None:
-    optimizer = {"state": {}, "param_groups": [{"lr": 1.0}]}
-    stale = {"optimizer": [optimizer], "optimizer_d": optimizer, "last_optimizer_state": {"a": 1}, "opt": optimizer}
-    stale |= {"lr_schedulers": [{"last_epoch": 1}], "scheduler_disc": {"a": 1}, "scaler": {"scale": 2.0}, "grad_scaler": {}}
-    needed = {"optimizer_history": [{"best_loss": 1.0}], "data_scaler": {"means": [1.0]}, "noise_scheduler": {"steps": 10}}
-    needed |= {"hyper_parameters": {"lr": 1.0}, "epoch": 1}
-    torch.save({"model": {"w": torch.ones(2)}, **stale, **needed}, tmp_path / "in.pt")
-    sm.merge([tmp_path / "in.pt"], tmp_path / "out.pt")
-    assert set(torch.load(tmp_path / "out.pt")) == {"model", *needed}
-    torch.save({"model": {"w": torch.ones(2)}, "scaler": {"mean": 1.0}}, tmp_path / "in.pt")
-    sm.merge([tmp_path / "in.pt"], tmp_path / "out.pt", overwrite=True)
-    assert set(torch.load(tmp_path / "out.pt")) == {"model", "scaler"}
-
-
-def test_facts_a_loader_needs_are_compared(tmp_path: Path) -> None:
-    for rate in ("40k", "48k"):
-        torch.save(
-            {"weight": {"w": torch.ones(2)}, "config": [1], "info": "", "sr": rate, "f0": 1, "version": "v2"},
-            tmp_path / f"{rate}.pth",
-        )
-    result = sm.merge([tmp_path / "40k.pth", tmp_path / "48k.pth"], tmp_path / "out.pth")
-    assert [w for w in result.warnings if "'sr' differs" in w]
-    assert not [w for w in result.warnings if "'f0'" in w]
 
 
 @pytest.mark.slow
@@ -302,71 +206,6 @@ def test_voice_helpers_are_what_the_trainer_writes() -> None:
     trainer = pytest.importorskip("trainer.io")
     assert set(voice(1, 1, 1, 1.0)) >= {"config", "model", "optimizer", "scheduler", "scaler", "step", "epoch", "date"}
     assert callable(trainer.save_model)
-
-
-# --------------------------------------------------------------------------------------------------- arrays of numpy
-
-
-def mixed(seed: int) -> dict[str, Any]:
-    """Returns a checkpoint with arrays among its tensors, beside them and in other classes."""
-    chance = np.random.RandomState(seed)
-    weights = {f"l{n}.weight": torch.from_numpy(chance.randn(4, 4)) for n in range(9)}
-    head, single = chance.randn(3, 5).astype("f4"), chance.randn(30_001).astype("f8")
-    return {
-        "state_dict": {**weights, "head.weight": head, "tied.weight": head, "long": single, "zero": np.zeros((0, 2), "f2")},
-        "epoch": seed,
-        "best": np.float64(0.5 * seed),
-        "names": np.array(["a", "b"]),
-        "rng": {"state": np.arange(624, dtype="u4")},
-    }
-
-
-@pytest.mark.parametrize("protocol", [2, 4, 5])
-def test_arrays_among_the_tensors_are_merged_and_stay_arrays(tmp_path: Path, protocol: int) -> None:
-    for seed in (1, 2):
-        torch.save(mixed(seed), tmp_path / f"{seed}.pth", pickle_protocol=protocol)
-    sm.merge([tmp_path / "1.pth", tmp_path / "2.pth"], tmp_path / "out.pth", weights=[0.6, 0.4])
-    made, one, two = torch.load(tmp_path / "out.pth", weights_only=False), mixed(1), mixed(2)
-    for name, mine in one["state_dict"].items():
-        got, other = made["state_dict"][name], two["state_dict"][name]
-        assert type(got) is type(mine)
-        pair = [torch.as_tensor(each) for each in (mine, other)]
-        assert_same({name: torch.as_tensor(got)}, {name: mean(pair, [0.6, 0.4])})
-    assert made["state_dict"]["head.weight"] is made["state_dict"]["tied.weight"]
-    assert (made["epoch"], made["best"], made["names"].tolist()) == (2, 0.5, ["a", "b"])
-    assert np.array_equal(made["rng"]["state"], np.arange(624))
-    assert sm.verify(tmp_path / "out.pth", sample=1.0).recomputed
-    sm.convert(tmp_path / "1.pth", tmp_path / "out.safetensors")
-    assert len(load_safetensors(tmp_path / "out.safetensors")) == 13
-
-
-def test_an_array_takes_another_dtype_if_numpy_has_it(tmp_path: Path) -> None:
-    torch.save({"w": np.ones((2, 3), ">f4"), "b": np.asfortranarray(np.ones((3, 2)))}, tmp_path / "in.pth")
-    sm.convert(tmp_path / "in.pth", tmp_path / "out.pth", dtype="float16")
-    made = torch.load(tmp_path / "out.pth", weights_only=False)
-    assert {name: array.dtype.name for name, array in made.items()} == {"w": "float16", "b": "float16"}
-    with pytest.raises(sm.RecipeError, match="numpy does not have"):
-        sm.convert(tmp_path / "in.pth", tmp_path / "never.pth", dtype="bfloat16")
-
-
-def test_a_tensor_that_only_a_later_model_has_is_an_array_among_arrays(tmp_path: Path) -> None:
-    torch.save({"w": np.ones(2), "v": np.ones(2)}, tmp_path / "a.pth")
-    save_file({"w": torch.ones(2), "v": torch.ones(2), "x": torch.ones(3)}, tmp_path / "b.safetensors")
-    sm.merge([tmp_path / "a.pth", tmp_path / "b.safetensors"], tmp_path / "out.pth", on_missing="union")
-    made = torch.load(tmp_path / "out.pth", weights_only=False)
-    assert {name: (type(array), array.tolist()) for name, array in made.items()}["x"] == (np.ndarray, [1.0, 1.0, 1.0])
-
-
-def test_a_legacy_file_and_a_compressed_one_hold_arrays_too(tmp_path: Path) -> None:
-    content = {"w": np.arange(99_000, dtype="f4").reshape(300, 330).T, "b": np.arange(3.0)}
-    torch.save(content, tmp_path / "zip.pth")
-    torch.save(content, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
-    deflate(tmp_path / "zip.pth", tmp_path / "deflated.pth")
-    for name in ("zip", "legacy", "deflated"):
-        sm.convert(tmp_path / f"{name}.pth", tmp_path / f"{name}.out.pth")
-        made = torch.load(tmp_path / f"{name}.out.pth", weights_only=False)
-        assert list(made) == ["w", "b"]
-        assert all(np.array_equal(made[key], content[key]) for key in content)
 
 
 def test_a_flat_state_dict_with_dictionaries_among_its_values(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ Each module imports only modules above it::
 
     layout       the plan of any kind of output
     bookkeeping  step, epoch and loss of a merge
+    tree_builder where the tensors of a pickle get their bytes
+    tree_edits   what is edited in the tree of the first input
     pickled      a .pth
     distributed  a folder of torch.distributed.checkpoint
     templates    the built-in chat templates

@@ -33,6 +33,7 @@ from streammerge.planning.views import Indexes
 from streammerge.planning.vocabularies import Tokenized
 from streammerge.recipe.model import Recipe
 from streammerge.stores.base import Location
+from streammerge.units import counted, inflected
 
 TEMPLATE = "chat_template.jinja"
 _MOST_BYTES = 16 << 20
@@ -120,7 +121,8 @@ def _add_vocabulary(made: TokenizerFiles, tokenized: Tokenized, folder: Location
 def _worth(vocabulary: Vocabulary) -> list[str]:
     """Says what the added tokens are worth."""
     ordinary = [each for each in vocabulary.new if not each["special"] and each["normalized"]]
-    said = f"{len(vocabulary.new)} tokens are added to the tokenizer of {printable(vocabulary.giver.file.parent)}"
+    some = f"{counted(len(vocabulary.new), 'token')} {inflected(len(vocabulary.new), 'is', 'are')}"
+    said = f"{some} added to the tokenizer of {printable(vocabulary.giver.file.parent)}"
     if vocabulary.giver.kind != "tokenizers" or not vocabulary.new:
         return [said] if vocabulary.new else []
     dead = unreachable(vocabulary.giver.steps, vocabulary.new)
