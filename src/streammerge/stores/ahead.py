@@ -27,8 +27,8 @@ LEAST_BLOCK_BYTES = 256 << 10
 _MOST_REQUESTS = 32
 _BLOCKS = 16
 BLOCKS_OF_STREAM = 3
-"""The least blocks for each stream in a budget: the present one, the one after it, and one under way. Where memory gives more
-than that, blocks are larger, and there are two and a half for each."""
+"""The least blocks for each stream in a budget: the present one, the one after it, and one under way. Where memory gives
+more than that, blocks are larger, and there are two and a half for each."""
 _POLL_SECONDS = 0.2
 
 
