@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl, quote, unquote
 
 from streammerge.errors import RecipeError, StoreError, printable
 from streammerge.stores.base import Joint, Location, Staging, Status
-from streammerge.stores.objects import ObjectStore, failures, imported
+from streammerge.stores.objects import ObjectStore, Wordless, failures, imported
 from streammerge.stores.remote import Entries, persistently
 
 _SIGNING = ("x-amz-", "x-goog-", "x-oss-", "x-cos-", "x-ms-")
@@ -60,6 +60,12 @@ class Web(ObjectStore):
 
     def parse(self, text: str) -> Location:
         address, mark, _ = text.partition("?")
+        _, at, host = self.without_scheme(address).partition("/")[0].rpartition("@")
+        if at:  # else it would stand in messages, plans and receipts
+            raise RecipeError(
+                f"{self.scheme}://{printable(host)}: an address with a name or password before the host is not read; "
+                "use a signed address, or download the file"
+            )
         key = unquote(super().parse(address).key)
         if mark:
             self.remember(key, self.without_scheme(text))
@@ -130,9 +136,10 @@ class Web(ObjectStore):
         what = _what(self.address(location))
         return found._replace(place=(*found.place, what)) if what else found
 
-    def refused(self, location: Location, said: str) -> StoreError:
+    def refused(self, location: Location, said: str, wordless: bool = False) -> StoreError:
         if not self.address(location) and not self._query_beside(location):
-            return super().refused(location, said)
+            kind = Wordless if wordless else StoreError
+            return kind(f"{printable(location)} is refused by the server; use a signed address, or download the file")
         return Forbidden(
             f"{printable(location)} is refused: its signed address is not valid, or no longer; get a new one, and run the "
             "same command with it"
