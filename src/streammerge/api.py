@@ -568,6 +568,7 @@ def report(
     *,
     inputs: PathLike | None = None,
     compare: bool = True,
+    exact: bool = False,
     overwrite: bool = False,
     memory: str | SupportsIndex = DEFAULT_MEMORY,
     workers: SupportsIndex | None = None,
@@ -580,7 +581,8 @@ def report(
 
     The page is one file that opens offline. What was merged comes from the receipt, and distances from the inputs that are
     found, which are read again. A merge with ``report`` or ``statistics`` measures them while it merges; the statistics
-    stay beside the output, and then no input is read. Needs ``streammerge[report]``.
+    stay beside the output, and then no input is read. These distances are of a sample; ``exact`` reads output and inputs
+    again, for distances of all elements. Needs ``streammerge[report]``.
     ``listener`` and ``progress``: as of :func:`merge`. Raises RecipeError, and VerifyError for an output without a receipt.
     """
     given = locals()
@@ -594,7 +596,8 @@ def report(
         return diff(path, made, memory=memory, workers=workers, io=io, listener=listener, progress=progress)
 
     folder = None if asked.inputs is None else str(asked.inputs)
-    making.report_output(parse(path_of("out", out)), place, folder, compared if asked.compare else None)
+    reading = compared if asked.compare else None
+    making.report_output(parse(path_of("out", out)), place, folder, reading, asked.exact)
     return place
 
 

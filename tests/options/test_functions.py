@@ -92,7 +92,7 @@ def test_what_overrides_a_recipe_is_described_in_it_alike() -> None:
 def test_sentences_of_the_library_name_options_that_exist() -> None:
     """In backquotes, as Python writes them: `name` or `name=value`; no sentence of the library names a flag."""
     known = {
-        *options_of(*SWEEP, *MERGE, *PLAN, *CONVERT, *EXTRACT, *VERIFY, *WORKER, *FINISH),
+        *options_of(*SWEEP, *MERGE, *PLAN, *CONVERT, *EXTRACT, *VERIFY, *WORKER, *FINISH, *REPORT),
         "out",
         "listener",
         "progress",

@@ -97,9 +97,28 @@ def test_a_report_of_an_output_reads_its_receipt(merged: Path) -> None:
         sm.report("out", "later.html")
     sm.report("out", "later.html", compare=False, overwrite=True)
     assert "The distances are not known" in text_of(Path("later.html").read_text())
+    with pytest.raises(sm.RecipeError, match="leave one out"):
+        sm.report("out", "exact.html", compare=False, exact=True)
     shutil.rmtree("chat"), shutil.rmtree("base"), shutil.rmtree("code")
     sm.report("out", "alone.html")
     assert "was not found here" in text_of(Path("alone.html").read_text())
+
+
+def test_all_elements_are_compared_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate("ab"):
+        save_file({"w": torch.randn(300, 300, generator=torch.Generator().manual_seed(number))}, f"{name}.safetensors")
+    sm.merge(["a.safetensors", "b.safetensors"], "out.safetensors", weights=[0.9, 0.1], statistics=True)
+    made, a = load_file("out.safetensors")["w"], load_file("a.safetensors")["w"]
+    apart = f'<td class="n">{float((made - a).norm() / a.norm()):.3g}</td>'
+    sm.report("out.safetensors", "sample.html")
+    sample = Path("sample.html").read_text()
+    assert "estimated while merging, from a sample" in sample
+    assert apart not in sample
+    sm.report("out.safetensors", "exact.html", exact=True)
+    exact = Path("exact.html").read_text()
+    assert "from a sample" not in exact
+    assert apart in exact
 
 
 def test_a_comparison_has_a_report_too(merged: Path, cli: Cli) -> None:

@@ -74,6 +74,22 @@ def test_the_pieces_are_those_that_were_added() -> None:
             assert parts == sorted((p.offset, p.nbytes, p.checksum) for p in some if p.file == name)
 
 
+def test_a_piece_may_hold_what_was_measured_of_those_after_it() -> None:
+    specs = [TensorSpec(f"t{number}", DType.U8, (4,)) for number in range(4)]
+    tasks = [MergeTask(spec, COPY, (Stored(spec, "in", 0),), 0, 4 * n) for n, spec in enumerate(specs)]
+    made = FinishedPieces(tasks, FILES)
+    norms = struct.pack("<6f", 1, 2, 3, 4, 5, 6).hex()
+    first = Finished(1, 0, "a", 4, 4, 0, {}, norms)
+    assert made.fits(first)
+    assert not made.fits(replace(first, measured=norms + norms[:16]))  # there are no so many tasks
+    assert not made.fits(replace(first, measured=norms[:-2]))
+    made.add(first)
+    for number in (2, 3):
+        made.add(Finished(number, 0, "a", 4 * number, 4, 0))
+    assert made.measured.distances() == [[], [0.5], [0.75], [pytest.approx(5 / 6)]]
+    assert [each.measured for each in made] == [norms[:16], norms[16:32], norms[32:]]
+
+
 def test_the_pieces_of_a_broken_file_are_forgotten() -> None:
     tasks = some_tasks()
     made = FinishedPieces(tasks, FILES)

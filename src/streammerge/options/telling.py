@@ -71,4 +71,9 @@ class Showing(Options):
         default=True,
         negated=True,
     )
+    exact: bool = option(
+        "Compare all elements, also where the merge has measured a sample.",
+        TRUTH,
+        default=False,
+    )
     overwrite: bool = option("Replace a report.", TRUTH, default=False)

@@ -190,8 +190,9 @@ class PieceDone(NamedTuple):
     """The result of elements ``start`` to ``stop`` of the task with this number. Small, plain data that another process can
     send. ``checksum``: of their bytes. ``nonfinite``: the number of NaN and infinite values by source. ``found``: the
     finding of their destination. ``measured``: for each source of the task the norm of its difference to the result, and
-    its own norm, both over a sample, in float32; empty if nothing was measured (:mod:`streammerge.running.measuring`).
-    ``read_bytes``: what was asked of stores to make it, and other pieces before it that say 0."""
+    its own norm, both over a sample, in float32; then the same of the tasks after it, as far as these have as many sources
+    and say nothing. Empty if nothing was measured (:mod:`streammerge.running.measuring`). ``read_bytes``: what was asked of
+    stores to make it, and other pieces before it that say 0."""
 
     number: int
     start: int
@@ -204,6 +205,11 @@ class PieceDone(NamedTuple):
 
     def piece(self, tasks: Sequence[MergeTask]) -> Piece:
         return Piece(tasks[self.number], self.number, self.start, self.stop)
+
+
+def measured_bytes(inputs: int) -> int:
+    """Returns the bytes that are measured of one piece: see :attr:`PieceDone.measured`."""
+    return 2 * 4 * inputs
 
 
 class Tasks(Sequence[MergeTask]):

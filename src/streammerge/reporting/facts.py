@@ -16,8 +16,8 @@ LOST, NOT_COMPARED, NOTHING = "not used", "not compared", "nothing"
 MARKS = {"N": "NaN or infinity", "m": "some inputs lack it", "c": "copied", "i": "integers, which have no distance"}
 """The letters on a map. A cell of several tensors has the first that any of them has, the last two if all have it."""
 _MOST_KINDS, _MOST_OUTSIDE = 14, 8
-_NUMBER = re.compile(r"\.\d+(?=\.|$)")
-_TAIL = re.compile(r"\.(weight|bias)$")
+_NUMBER, _TAIL = r"\.\d+(?=\.|$)", r"\.(weight|bias)$"
+"""Patterns are texts, because statistics are gathered without them, and compiling takes long."""
 
 
 class Row(NamedTuple):
@@ -33,8 +33,7 @@ class Row(NamedTuple):
     mark: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Grid:
+class Grid(NamedTuple):
     """Distances by layer and kind of tensor. ``values[row][column]`` is None where there is no such tensor, or no distance.
     ``marks`` has the letter of each cell."""
 
@@ -45,8 +44,7 @@ class Grid:
     marks: tuple[tuple[str, ...], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(NamedTuple):
     """A moment of a run: seconds since its begin, bytes held above start-up, bytes read and written so far."""
 
     seconds: float
@@ -111,14 +109,14 @@ def place_of(name: str) -> tuple[str, str]:
     layer = layer_of(name)
     if layer is None:
         head, _, last = name.rpartition(".")
-        return OUTSIDE, _TAIL.sub("", name) if head else last
-    return f"{layer.stack}.{layer.number}", _TAIL.sub(
-        lambda found: "" if found[1] == "weight" else ".bias", _kind(layer.rest)
+        return OUTSIDE, re.sub(_TAIL, "", name) if head else last
+    return f"{layer.stack}.{layer.number}", re.sub(
+        _TAIL, lambda found: "" if found[1] == "weight" else ".bias", _kind(layer.rest)
     )
 
 
 def _kind(rest: str) -> str:
-    return _NUMBER.sub("", f".{rest}")[1:]
+    return re.sub(_NUMBER, "", f".{rest}")[1:]
 
 
 def grid_of(title: str, rows: Sequence[Row], number: int) -> Grid:

@@ -11,7 +11,7 @@ from math import isfinite
 from typing import NamedTuple
 
 from streammerge.formats.base import LayoutFile
-from streammerge.planning.tasks import MergeTask, Piece, alike, place_of, where
+from streammerge.planning.tasks import MergeTask, Piece, alike, measured_bytes, place_of, where
 from streammerge.stores.checksums import Checksum
 from streammerge.stores.journal import Finished, Key
 from streammerge.tensors.spec import ranges
@@ -55,7 +55,10 @@ class FinishedPieces:
         file, offset, nbytes = self._place(*piece.key)
         if piece.place != (offset, nbytes) or piece.file != self._files[file]:
             return False
-        return not piece.measured or len(piece.measured) == 2 * measured_bytes(len(self._tasks[number].sources))
+        if not piece.measured:
+            return True
+        count, rest = divmod(len(piece.measured) // 2, measured_bytes(len(self._tasks[number].sources)))
+        return not rest and (count == 1 or number + count <= len(self._tasks))
 
     def add(self, piece: Finished) -> None:
         """Adds a piece of these tasks."""
@@ -69,7 +72,8 @@ class FinishedPieces:
             if self._measured is None:
                 most = max(len(task.sources) for task, _ in alike(self._tasks))
                 self._measured = _Measured(len(self._there), measured_bytes(most))
-            self._measured.put(row, bytes.fromhex(piece.measured))
+            each = measured_bytes(len(self._tasks[piece.task].sources))
+            self._measured.put(row, bytes.fromhex(piece.measured), each)
 
     def forget(self, files: set[str]) -> None:
         """Forgets the pieces in these files."""
@@ -78,7 +82,7 @@ class FinishedPieces:
                 self._there[row] = 0
                 self._nonfinite.pop((number, start), None)
                 if self._measured is not None:
-                    self._measured.put(row, b"")
+                    self._measured.sizes[row] = 0
 
     def get(self, key: Key) -> Finished:
         """Returns one piece. Raises KeyError if it was not added."""
@@ -176,20 +180,22 @@ class FinishedPieces:
                 yield number, start, long.first + turn
 
 
-def measured_bytes(inputs: int) -> int:
-    """Returns the bytes that are measured of a piece: see :attr:`PieceDone.measured`."""
-    return 2 * 4 * inputs
-
-
 class _Measured:
     """What was measured of each row, up to ``width`` bytes."""
 
     def __init__(self, rows: int, width: int) -> None:
         self.width, self.sizes, self.norms = width, array("I", [0]) * rows, bytearray(rows * width)
 
-    def put(self, row: int, measured: bytes) -> None:
-        self.sizes[row] = len(measured)
-        self.norms[row * self.width : (row + 1) * self.width] = measured.ljust(self.width, b"\0")
+    def put(self, row: int, measured: bytes, each: int) -> None:
+        """Puts what was measured of a row, and of those after it. ``each``: bytes of one."""
+        rows = len(measured) // each
+        self.sizes[row : row + rows] = array("I", [each]) * rows
+        if each == self.width:
+            self.norms[row * each : row * each + len(measured)] = measured
+            return
+        for turn in range(rows):
+            own = measured[turn * each : (turn + 1) * each].ljust(self.width, b"\0")
+            self.norms[(row + turn) * self.width : (row + turn + 1) * self.width] = own
 
     def get(self, row: int) -> bytes:
         return bytes(self.norms[row * self.width : row * self.width + self.sizes[row]])
@@ -220,7 +226,9 @@ class MeasuredTasks:
         import numpy as np  # here, because most runs measure nothing
 
         squares = np.frombuffer(self._norms, "<f4").reshape(-1, self._width // 4).astype(np.float64) ** 2
-        sums, sizes = squares[: self._count], np.frombuffer(self._sizes, np.uint32)[: self._count].copy()  # type: ignore[arg-type]
+        all_sizes = np.frombuffer(self._sizes, np.uint32)  # type: ignore[arg-type]
+        squares[all_sizes == 0] = 0.0  # pieces that were forgotten
+        sums, sizes = squares[: self._count], all_sizes[: self._count].copy()
         for number, first, rows in self._longs:
             sums[number] = squares[first : first + rows].sum(0)
             sizes[number] = max(self._sizes[first : first + rows])

@@ -1,9 +1,9 @@
 """Measures on a sample how far results lie from their inputs, while both are at hand.
 
-The sample of a piece of n elements is the whole piece up to 256 elements, else about 2 * sqrt(n) of them, from 256 to
-4,096: windows of 16 elements, evenly over the piece, or over four spans of 65,536 elements if the piece is longer than
-these. Each window lies at another place of its share. So the sample is a function of the piece's length, does not depend on
-chunks, workers or the memory, and prefers no row or column of a matrix.
+The sample of a piece is the whole piece up to 256 elements, and 256 of up to 65,536. Then it grows as n^(2/3), to 4,096 of
+about 4 million, which is all of a piece: windows of 16 elements, evenly over the piece, or over two spans of 131,072
+elements if the piece is longer than these. Each window lies at another place of its share. So the sample is a function of
+the piece's length, does not depend on chunks, workers or the memory, and prefers no row or column of a matrix.
 """
 
 from __future__ import annotations
@@ -20,87 +20,120 @@ import numpy as np
 
 from streammerge.planning.tasks import Piece, PieceDone
 from streammerge.running.workspace import Inputs
-from streammerge.tensors.spec import GRAIN
+from streammerge.tensors.spec import GRAIN, ranges
 
 if TYPE_CHECKING:
     import torch
 
+Array = np.ndarray[Any, Any]
 WINDOW = 16
 """Elements that are taken together."""
-_LEAST, _PER_ROOT, _MOST = 256, 2, 1 << 12
-_PARTS = 4
-"""Parts of a long piece that are looked at. So most chunks are not, since what is rarely run is slow."""
+_LEAST, _MOST = 1 << 8, 1 << 12
+_PARTS, _SPAN = 2, 2 * GRAIN
+"""Parts of a long piece that are looked at, and their elements. Most chunks are not, since what is rarely run is slow."""
 _MOST_HELD = 1 << 15
 """Numbers of a sample that are held of each source before they are summed."""
 _GOLDEN = 2654435769
 """2^32 divided by the golden ratio: its multiples modulo 2^32 lie evenly."""
 _BITS: dict[int, type[Any]] = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
+_WINDOWS = {size: np.dtype((np.void, size * WINDOW)) for size in _BITS}
 _SMALL, _LARGE = 1e-25, 1e35
 """Sums of squares in float32 that are sure to be right."""
 
 
 def sample_size(elems: int) -> int:
     """Returns how many elements of a piece are in its sample."""
-    windows = -(-min(max(_PER_ROOT * math.isqrt(elems), _LEAST), _MOST) // WINDOW)
+    windows = round(_LEAST // WINDOW * max(elems / GRAIN, 1.0) ** (2 / 3))
+    windows = min(windows, _MOST // WINDOW)
     return elems if elems <= windows * WINDOW else windows * WINDOW
 
 
 @lru_cache(maxsize=256)
-def places(elems: int) -> np.ndarray[Any, Any]:
+def places(elems: int) -> Array:
     """Returns the elements of a piece that are in its sample, in order: int64."""
     size = sample_size(elems)
     if size == elems:
         return np.arange(elems)
     count = size // WINDOW
-    if elems <= _PARTS * GRAIN:
+    if elems <= _PARTS * _SPAN:
         begins = _spread(elems, count, WINDOW)
     else:
-        begins = (_spread(elems, _PARTS, GRAIN)[:, None] + _spread(GRAIN, count // _PARTS, WINDOW)).ravel()
-    found: np.ndarray[Any, Any] = (begins[:, None] + np.arange(WINDOW)).ravel()
+        each = count // _PARTS
+        begins = np.concatenate([n + _spread(_SPAN, each, WINDOW, turn * each) for turn, n in enumerate(spans(elems))])
+    found: Array = (begins[:, None] + np.arange(WINDOW)).ravel()
     return found
-
-
-def _spread(elems: int, count: int, length: int) -> np.ndarray[Any, Any]:
-    """Returns where ``count`` spans of ``length`` begin, one in each of as many equal shares of ``elems``."""
-    numbers = np.arange(count + 1)
-    edges = numbers * elems // count
-    turns = numbers[:-1] * _GOLDEN % (1 << 32)
-    found: np.ndarray[Any, Any] = edges[:-1] + (turns * (np.diff(edges) - length + 1) >> 32)
-    return found
-
-
-_NOTHING: np.ndarray[Any, Any] = np.empty(0, np.int64)
-
-
-class _Sample(NamedTuple):
-    """Elements of a sample in a chunk, counted from its begin. ``rows`` have any, and theirs begin at ``begins``."""
-
-    places: np.ndarray[Any, Any]
-    rows: np.ndarray[Any, Any]
-    begins: np.ndarray[Any, Any]
 
 
 @lru_cache(maxsize=256)
-def _of_one(elems: int, start: int, stop: int) -> np.ndarray[Any, Any]:
+def spans(elems: int) -> tuple[int, ...]:
+    """Returns where the parts of a piece begin that are looked at. Most chunks hold such a part as a whole, since both
+    begin with a multiple of some grains."""
+    if elems <= _PARTS * _SPAN:
+        return (0,)
+    return tuple((_spread(elems, _PARTS, _SPAN) // _SPAN * _SPAN).tolist())
+
+
+def _spread(elems: int, count: int, length: int, turn: int = 0) -> Array:
+    """Returns where ``count`` spans of ``length`` begin, one in each of as many equal shares of ``elems``: multiples
+    of ``WINDOW``. ``turn``: another one gives other places in the shares."""
+    numbers = np.arange(count + 1)
+    edges = numbers * elems // count
+    turns = (numbers[:-1] + turn) * _GOLDEN % (1 << 32)
+    found: Array = edges[:-1] + (turns * (np.diff(edges) - length + 1) >> 32)
+    return found // WINDOW * WINDOW
+
+
+_NOTHING: Array = np.empty(0, np.int64)
+_FIRST: Array = np.zeros(1, np.int64)
+
+
+class _Sample(NamedTuple):
+    """Elements of a sample in a chunk, counted from its begin. ``rows`` have any, and theirs begin at ``begins``.
+    ``windows``: the numbers of its windows, if it is whole windows of the chunk, whose copies are fast."""
+
+    places: Array
+    rows: Array
+    begins: Array
+    windows: Array | None
+
+
+def _sample(places: Array, rows: Array, begins: Array) -> _Sample:
+    first = places[::WINDOW]
+    whole = (
+        not len(places) % WINDOW
+        and not (first % WINDOW).any()
+        and bool((places[WINDOW - 1 :: WINDOW] - first == WINDOW - 1).all())
+    )
+    return _Sample(places, rows, begins, first // WINDOW if whole else None)
+
+
+_EMPTY = _sample(_NOTHING, _NOTHING, _NOTHING)
+
+
+@lru_cache(maxsize=256)
+def _of_one(elems: int, start: int, stop: int) -> _Sample:
     """Returns the elements ``start`` to ``stop`` of a piece that are in its sample, counted from ``start``."""
     own = places(elems)
     first, last = np.searchsorted(own, (start, stop))
-    found: np.ndarray[Any, Any] = own[first:last] - start
-    return found
+    return _sample(own[first:last] - start, _FIRST, _FIRST)
 
 
 class Measuring:
-    """The sums of squares over the samples of pieces. A worker has one, whose memory it uses again for each unit."""
+    """The sums of squares over the samples of pieces. A worker has one, whose memory it uses again for each unit.
+
+    What is taken of chunks is only copied. It is computed when the memory is full, or at the end of a unit: calls of numpy
+    are slow between chunks, which leave nothing of them in the CPU's cache.
+    """
 
     def __init__(self) -> None:
         self._sums = np.zeros((0, 0))
         self._inputs: list[int] = []
         self._dtypes: tuple[torch.dtype, ...] = ()
         self._count = 0
-        self._rows: list[np.ndarray[Any, Any]] = []
-        self._begins: list[np.ndarray[Any, Any]] = []
+        self._rows: list[Array] = []
+        self._begins: list[Array] = []
         self._viewed: Inputs | None = None
-        self._views: list[np.ndarray[Any, Any] | None] = []
+        self._views: list[Array | None] = []
 
     def begin_unit(self, rows: int, inputs: int) -> None:
         """Forgets the unit before. ``rows``: the number of pieces. ``inputs``: the most sources of one."""
@@ -122,19 +155,23 @@ class Measuring:
 
     def _make_room(self, dtypes: tuple[torch.dtype, ...]) -> None:
         """Takes memory for the numbers of a result and its sources, for their differences, and for squares: in float32, or
-        in float64 if any are wider than that."""
+        in float64 if any are wider than that. Bits that have this form already are copied to their place, and all others
+        into memory of their own."""
         import torch
 
         self._dtypes = dtypes
-        wide = np.float64 if torch.float64 in dtypes else np.float32
-        self._numbers = np.zeros((len(dtypes), _MOST_HELD), wide)
-        self._apart = np.empty((len(dtypes) - 1, _MOST_HELD), wide)
-        self._squared = np.empty_like(self._apart)
-        # bfloat16 is the first half of float32, and the other half stays zero
-        halves = self._numbers.view(np.uint16).reshape(*self._numbers.shape, -1)[..., sys.byteorder == "little" and -1]
-        self._into = [halves[n] if each == torch.bfloat16 and wide is np.float32 else None for n, each in enumerate(dtypes)]
+        wide, widest = (np.float64, torch.float64) if torch.float64 in dtypes else (np.float32, torch.float32)
+        self._numbers = np.zeros((2 * len(dtypes) - 1, _MOST_HELD), wide)
+        self._squared = np.empty_like(self._numbers[1:])
+        self._bits, self._halves = list[Array](), list["Array | None"]()
+        for row, dtype in zip(self._numbers, dtypes, strict=False):
+            bits = _BITS[dtype.itemsize]
+            self._bits.append(row.view(bits) if dtype == widest else np.empty(_MOST_HELD, bits))
+            # bfloat16 is the first half of float32, and the other half stays zero
+            half = row.view(np.int16)[sys.byteorder == "little" :: 2]
+            self._halves.append(half if dtype == torch.bfloat16 and wide is np.float32 else None)
 
-    def _views_of(self, source: Inputs) -> list[np.ndarray[Any, Any] | None]:
+    def _views_of(self, source: Inputs) -> list[Array | None]:
         """Returns the bits of each source that is mapped."""
         if self._viewed is not source:
             self._viewed, self._views = source, []
@@ -149,58 +186,93 @@ class Measuring:
         self._settle()
         self._sums[row : row + count] = 0.0
 
-    def hold(self, row: int, sample: _Sample, bits: Sequence[np.ndarray[Any, Any]]) -> None:
-        """Takes the bits of a sample: of the result, and of each source. ``row``: of the first piece of the sample."""
-        done, size = 0, len(sample.places)
-        while done < size:
-            taken = min(size - done, _MOST_HELD - self._count)
-            whole = taken == size
-            first, last = (0, None) if whole else _overlapping(sample.begins, done, done + taken)
-            self._rows.append(sample.rows[first:last] + row)
-            self._begins.append(np.maximum(sample.begins[first:last] - done, 0) + self._count)
-            place = slice(self._count, self._count + taken)
-            for number, own in enumerate(bits):
-                part, into = own if whole else own[done : done + taken], self._into[number]
-                if into is None:
-                    self._numbers[number, place] = _widened(part, self._dtypes[number])
-                else:
-                    into[place] = part
-            self._count += taken
-            done += taken
-            if self._count == _MOST_HELD:
+    def hold(self, row: int, sample: _Sample, numbers: Sequence[Array], whole: bool) -> None:
+        """Takes a sample of the bits of the result, and of each source. ``row``: of the first piece of the sample.
+        ``whole``: whether all are the bits of the whole chunk. Else those that are as many as the sample are the sample."""
+        size = len(sample.places)
+        if size <= _MOST_HELD:  # nearly always
+            if self._count + size > _MOST_HELD:
                 self._settle()
+            if whole and sample.windows is not None:
+                self._take_windows(numbers, sample.windows)
+            else:
+                self._take(numbers, sample.places, 0, size)
+            self._rows.append(sample.rows + row)
+            self._begins.append(sample.begins + self._count)
+            self._count += size
+            return
+        for start, stop in ranges(size, _MOST_HELD):
+            self._settle()
+            self._take(numbers, sample.places, start, stop)
+            first, last = _overlapping(sample.begins, start, stop)
+            self._rows.append(sample.rows[first:last] + row)
+            self._begins.append(np.maximum(sample.begins[first:last] - start, 0))
+            self._count = stop - start
+
+    def _take(self, numbers: Sequence[Array], places: Array, start: int, stop: int) -> None:
+        count = self._count + stop - start
+        for bits, into in zip(numbers, self._bits, strict=True):
+            if len(bits) == len(places):
+                into[self._count : count] = bits[start:stop]
+            else:
+                bits.take(places[start:stop], out=into[self._count : count], mode="clip")  # clip: without a copy of them
+
+    def _take_windows(self, numbers: Sequence[Array], windows: Array) -> None:
+        count = self._count + len(windows) * WINDOW
+        for bits, into in zip(numbers, self._bits, strict=True):
+            form = _WINDOWS[bits.itemsize]
+            every = bits[: len(bits) // WINDOW * WINDOW].view(form)
+            every.take(windows, out=into[self._count : count].view(form), mode="clip")
 
     def put_into(self, made: Sequence[PieceDone]) -> list[PieceDone]:
-        """Returns the results of the pieces with what was measured."""
+        """Returns the results of the pieces with what was measured: the first of pieces that follow each other, over as
+        many sources, has it for all of them."""
         self._settle()
-        norms = np.sqrt(self._sums).astype("<f4").tobytes()
-        width = 4 * self._sums.shape[1]
-        return [
-            each._replace(measured=norms[row * width : row * width + 8 * n]) if (n := self._inputs[row]) else each
-            for row, each in enumerate(made)
-        ]
+        norms = np.sqrt(self._sums).astype("<f4")
+        found, first = list(made), 0
+        for row, inputs in enumerate(self._inputs):
+            follows = row + 1 < len(made) and self._inputs[row + 1] == inputs
+            if not follows or made[row + 1].number != made[row].number + 1:
+                if inputs:
+                    measured = norms[first : row + 1, : 2 * inputs].tobytes()
+                    found[first] = made[first]._replace(measured=measured)
+                first = row + 1
+        return found
 
     def _settle(self) -> None:
         """Adds the sums of what is held."""
         count, self._count = self._count, 0
         if not count:
             return
-        rows, starts = np.concatenate(self._rows), np.concatenate(self._begins)
+        first, last = int(self._rows[0][0]), int(self._rows[-1][-1])
+        rows, starts = _FIRST, _FIRST
+        if first != last:
+            rows, starts = np.concatenate(self._rows), np.concatenate(self._begins)
+            new = rows[1:] != rows[:-1]  # a row may have lain in several chunks
+            if not new.all():
+                new = np.concatenate([_FIRST == 0, new])
+                rows, starts = rows[new], starts[new]
         self._rows.clear()
         self._begins.clear()
-        if len(rows) > 1:  # a row may have lain in several chunks
-            new = np.diff(rows, prepend=-1) != 0
-            rows, starts = rows[new], starts[new]
-        numbers, squared = self._numbers[:, :count], self._squared[:, :count]
+        numbers, inputs = self._numbers[:, :count], len(self._dtypes) - 1
+        for number, (bits, half) in enumerate(zip(self._bits, self._halves, strict=True)):
+            if half is not None:
+                half[:count] = bits[:count]
+            elif bits.base is None:  # in memory of its own
+                numbers[number] = _widened(bits[:count], self._dtypes[number])
         with np.errstate(all="ignore"):
-            apart = np.subtract(numbers[0], numbers[1:], out=self._apart[:, :count])
-            away, norm = squares(apart, numbers[1:], starts if len(starts) > 1 else None, squared)
-        most = 2 * len(numbers) - 2
-        self._sums[rows, :most:2] += away
-        self._sums[rows, 1:most:2] += norm
+            np.subtract(numbers[0], numbers[1 : inputs + 1], out=numbers[inputs + 1 :])
+            sums = squares(numbers[1:], starts, self._squared[:, :count])
+        if first == last:
+            into = self._sums[first]
+            into[: 2 * inputs : 2] += sums[0, inputs:]
+            into[1 : 2 * inputs : 2] += sums[0, :inputs]
+        else:
+            self._sums[rows, : 2 * inputs : 2] += sums[:, inputs:]
+            self._sums[rows, 1 : 2 * inputs : 2] += sums[:, :inputs]
 
 
-def _overlapping(begins: np.ndarray[Any, Any], start: int, stop: int) -> tuple[int, int]:
+def _overlapping(begins: Array, start: int, stop: int) -> tuple[int, int]:
     """Returns the first and the last but one of the stretches that begin at ``begins``, of which a part lies there."""
     return int(np.searchsorted(begins, start, "right")) - 1, int(np.searchsorted(begins, stop))
 
@@ -214,15 +286,19 @@ class Taking:
         row: int,
         parts: Sequence[Piece],
         source: Inputs,
-        views: list[np.ndarray[Any, Any] | None],
+        views: list[Array | None],
     ) -> None:
         self._measuring, self._row, self._source = measuring, row, source
         self._first = parts[0].start if len(parts) == 1 else 0
         self._sizes = [part.stop - part.start for part in parts]
         self._begins = [0, *accumulate(self._sizes)]
         self._span = (-1, -1)
-        self._of_row, self._sample = row, _Sample(_NOTHING, _NOTHING, _NOTHING)
-        self._taken: dict[int, np.ndarray[Any, Any]] = {}
+        self._waits = (
+            [*spans(self._sizes[0]), self._sizes[0]] if len(parts) == 1 and self._sizes[0] > _PARTS * _SPAN else []
+        )
+        """Where parts of the only piece begin that are not made yet, and its end."""
+        self._of_row, self._sample = row, _EMPTY
+        self._taken: dict[int, Array] = {}
         self._mapped = views
         bits = parts[0].task.out.dtype.component.element_bytes
         self._out_bits = _BITS[bits]
@@ -250,10 +326,14 @@ class Taking:
     def move_to(self, start: int, stop: int) -> None:
         """Begins a chunk."""
         self._span = start, stop
-        self._taken.clear()
-        if len(self._sizes) == 1:
-            found = _of_one(self._sizes[0], start - self._first, stop - self._first)
-            self._sample = _Sample(found, _FIRST, _FIRST)
+        if self._taken:
+            self._taken.clear()
+        if self._waits and stop - self._first <= self._waits[0]:
+            self._sample = _EMPTY
+        elif len(self._sizes) == 1:
+            while self._waits and self._waits[0] + _SPAN <= stop - self._first:
+                self._waits.pop(0)
+            self._sample = _of_one(self._sizes[0], start - self._first, stop - self._first)
         else:
             start, stop = start - self._first, stop - self._first
             first = bisect_right(self._begins, start) - 1
@@ -267,67 +347,59 @@ class Taking:
         if not len(places):
             return
         start, stop = self._span
-        bits = [np.frombuffer(out, self._out_bits).take(places)]
+        numbers, whole = [np.frombuffer(out, self._out_bits)], True
         first = self._source.first + start
         for number, mapped in enumerate(self._mapped):
             if mapped is not None:
-                bits.append(mapped[first : first + stop - start].take(places))
+                numbers.append(mapped[first : first + stop - start])
                 continue
             if number not in self._taken:
                 self._take(number, self._source.read(number, start, stop))
-            bits.append(self._taken[number])
-        self._measuring.hold(self._of_row, self._sample, bits)
-
-
-_FIRST: np.ndarray[Any, Any] = np.zeros(1, np.int64)
+            numbers.append(self._taken[number])
+            whole = False
+        self._measuring.hold(self._of_row, self._sample, numbers, whole)
 
 
 @lru_cache(maxsize=8)
 def _of_many(sizes: tuple[int, ...], skipped: int, length: int) -> _Sample:
     """Returns the sample in ``length`` elements of neighbouring pieces, counted from their begin. ``skipped``: elements of
     the first piece before these."""
-    found, counts, begin = list[np.ndarray[Any, Any]](), list[int](), -skipped
+    found, counts, begin = list[Array](), list[int](), -skipped
     for size in sizes:
-        own = _of_one(size, max(-begin, 0), min(length - begin, size))
+        whole = begin >= 0 and begin + size <= length
+        own = places(size) if whole else _of_one(size, max(-begin, 0), min(length - begin, size)).places
         found.append(own + max(begin, 0))
         counts.append(len(own))
         begin += size
     rows = np.flatnonzero(counts)
-    return _Sample(np.concatenate(found), rows, (np.cumsum(counts) - counts)[rows])
+    return _sample(np.concatenate(found), rows, (np.cumsum(counts) - counts)[rows])
 
 
-def _widened(bits: np.ndarray[Any, Any], dtype: torch.dtype) -> np.ndarray[Any, Any]:
+def _widened(bits: Array, dtype: torch.dtype) -> Array:
     """Returns numbers in float32, or in float64 if they are wider than that."""
     import torch
 
     if dtype in (torch.float32, torch.float64):
-        same: np.ndarray[Any, Any] = bits.view(np.float32 if dtype == torch.float32 else np.float64)
+        same: Array = bits.view(np.float32 if dtype == torch.float32 else np.float64)
         return same
     return torch.from_numpy(bits).view(dtype).float().numpy()
 
 
-def squares(
-    apart: np.ndarray[Any, Any],
-    own: np.ndarray[Any, Any],
-    starts: np.ndarray[Any, Any] | None,
-    room: np.ndarray[Any, Any] | None = None,
-) -> list[np.ndarray[Any, Any]]:
-    """Returns the sums of squares of rows of numbers, for each stretch that begins at ``starts``, None for one stretch:
-    stretches x rows. Leaves out where ``apart`` is NaN or infinite, since those are counted elsewhere. ``room``: memory for
-    squares."""
-    made = [_squares(rows, starts, room) for rows in (apart, own)]
-    least, most = (0.0, math.inf) if apart.itemsize == 8 else (_SMALL, _LARGE)
-    if all(sums.min() >= least and sums.max() < most for sums in made):
+def squares(numbers: Array, starts: Array, room: Array | None = None) -> Array:
+    """Returns the sums of squares of rows of numbers, for each stretch that begins at ``starts``: stretches x rows. The
+    second half of the rows are differences of the first. Leaves out where one is NaN or infinite, since those are counted
+    elsewhere. ``room``: memory for squares."""
+    made: Array = np.add.reduceat(np.multiply(numbers, numbers, out=room), starts, axis=1, dtype=np.float64).T
+    least, most = (0.0, math.inf) if numbers.itemsize == 8 else (_SMALL, _LARGE)
+    if len(made) == 1:  # the most frequent case, for which methods of numpy are slow
+        own = made[0].tolist()
+        low, high = min(own), max(own)
+    else:
+        low, high = made.min(), made.max()
+    if low >= least and high < most:
         return made
-    there = np.isfinite(apart)
-    return [_squares(np.where(there, rows, 0).astype(np.float64), starts, None) for rows in (apart, own)]
-
-
-def _squares(
-    rows: np.ndarray[Any, Any], starts: np.ndarray[Any, Any] | None, room: np.ndarray[Any, Any] | None
-) -> np.ndarray[Any, Any]:
-    if starts is None:
-        whole: np.ndarray[Any, Any] = np.einsum("ij,ij->i", rows, rows)[None]
-        return whole
-    parts: np.ndarray[Any, Any] = np.add.reduceat(np.multiply(rows, rows, out=room), starts, axis=1).T
-    return parts
+    half = len(numbers) // 2
+    there = np.tile(np.isfinite(numbers[half:]), (2, 1))
+    known = np.where(there, numbers, 0).astype(np.float64)
+    found: Array = np.add.reduceat(np.multiply(known, known, out=known), starts, axis=1).T
+    return found

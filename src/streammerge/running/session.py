@@ -338,10 +338,10 @@ class Run:
         turning = Turning(self._job(), self._tasks, self._wanted, lambda size: self.staging.temporary("turned", size))
         for number, done in turning.make(self._executor, self._inputs):
             task = self._tasks[number]
-            self._turned_nonfinite[number], self._turned_measured[number] = done.nonfinite, done.measured
+            self._turned_nonfinite[number] = done.nonfinite
             self.read_bytes += done.read_bytes
             self.listener(Spooled(task.out.name, task.read_bytes))
-        self._tasks = turning.tasks
+        self._tasks, self._turned_measured = turning.tasks, turning.measured
 
     # ------------------------------------------------------------------------------------------------------- output
 

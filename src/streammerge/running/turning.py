@@ -13,6 +13,7 @@ from streammerge.planning.tasks import (
     Piece,
     PieceDone,
     copy_of_turned,
+    measured_bytes,
     pieces,
     replaced,
     turned_places,
@@ -25,6 +26,7 @@ from streammerge.running.job import Job, OutputPlace, lent, new_key
 from streammerge.sources.stored import Stored
 from streammerge.stores.base import Output
 from streammerge.stores.inputs import InputFiles
+from streammerge.tensors.spec import ranges
 
 
 class Turning:
@@ -38,6 +40,8 @@ class Turning:
         self, job: Job, tasks: Sequence[MergeTask], wanted: Callable[[Piece], bool], create: Callable[[int], Output]
     ) -> None:
         self.tasks, self._job, self._create = tasks, job, create
+        self.measured: dict[int, bytes] = {}
+        """What was measured of each task, in the end."""
         turned = where(tasks, lambda task: task.to_turn)
         self._numbers = [n for n in turned if any(map(wanted, pieces(tasks[n], n)))]
 
@@ -51,6 +55,9 @@ class Turning:
         job = self._job._replace(key=new_key(), destinations=(OutputPlace(target.location, size),))
         with lent(job, inputs, [target]), closing(run_all(job, executor, made, lambda piece: True)) as results:
             for done in results:
+                each = measured_bytes(len(made[done.number].sources))
+                for turn, (begin, end) in enumerate(ranges(len(done.measured), each)):
+                    self.measured[self._numbers[done.number + turn]] = done.measured[begin:end]
                 yield self._numbers[done.number], done
         copies: dict[int, MergeTask] = {}
         for number, task in zip(self._numbers, made, strict=True):
