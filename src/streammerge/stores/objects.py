@@ -200,6 +200,7 @@ class ObjectStore(RemoteStore):
     # ------------------------------------------------------------------------------------------------------------- writing
 
     sends_parts = True
+    resumes = False
 
     def put(self, location: Location, data: bytes, only: str | None = None) -> str:
         """See :class:`streammerge.stores.staged.Objects`."""

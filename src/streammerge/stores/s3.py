@@ -47,6 +47,7 @@ class S3(ObjectStore):
     """Amazon S3 and all that speak its protocol."""
 
     scheme = "s3"
+    resumes = True
 
     def __init__(self) -> None:
         super().__init__()
