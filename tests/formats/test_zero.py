@@ -109,6 +109,18 @@ def test_without_the_files_of_the_optimizer(tmp_path: Path) -> None:
         sm.inspect(tmp_path / "3")
 
 
+def test_without_zero_the_model_is_whole(tmp_path: Path) -> None:
+    states = {"module": {"w": torch.randn(3, 2).bfloat16(), "table": torch.arange(4.0)}, "buffer_names": ["table"]}
+    nothing = dict.fromkeys(("param_shapes", "frozen_param_shapes", "shared_params", "frozen_param_fragments"))
+    beside = {"optimizer": {"optimizer_state_dict": {"state": {0: {"exp_avg": torch.ones(3, 2)}}}}, "dp_world_size": 2}
+    (tmp_path / "run/global_step2").mkdir(parents=True)
+    (tmp_path / "run/latest").write_text("global_step2")
+    torch.save(states | nothing | beside, tmp_path / "run/global_step2/mp_rank_00_model_states.pt")
+    sm.convert(tmp_path / "run", tmp_path / "out.safetensors")
+    assert_same(load_safetensors(tmp_path / "out.safetensors"), states["module"])
+    assert not any("the files of the optimizer" in note for note in sm.inspect(tmp_path / "run").notes)
+
+
 @pytest.mark.parametrize(
     "name",
     ["mp_rank_01_model_states.pt", "layer_0_expert_1_mp_rank_00_model_states.pt", "layer_01-model_00-model_states.pt"],

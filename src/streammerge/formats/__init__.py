@@ -16,6 +16,7 @@ Each module imports only modules above it::
     file_names          what the names of a folder's files tell
     shards              the files of one checkpoint as one container
     pieces              tensors in pieces of several ranks
+    dcp_alike           metadata that tell the same
     dcp                 folders of torch.distributed.checkpoint
     dcp_writer          the plan of such a folder
     hf_storage          the same as safetensors

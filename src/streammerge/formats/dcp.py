@@ -11,12 +11,14 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
+from weakref import WeakValueDictionary
 
 from streammerge.errors import FormatError, StreammergeError, listed, printable
 from streammerge.formats import archive, safetensors, torch_zip
 from streammerge.formats.base import Container
+from streammerge.formats.dcp_alike import MOST_BYTES, Likeness, likeness
 from streammerge.formats.pieces import PIECE_BYTES, Box, PieceOf, assembled, check_boxes, checked_shape, piece_of_dtype
 from streammerge.formats.shards import is_safe
 from streammerge.pickles.tree import Global, Instance, TensorRef, flat_tensor, number
@@ -37,6 +39,7 @@ _OPTIMIZER = re.compile(r"(?i)((.*_)?optim(izer)?s?|chained)(_\d+|_states?|_stat
 _FLAT_OPTIMIZER = re.compile(
     r"state\..+\.(exp_avg|exp_avg_sq|max_exp_avg_sq|step|momentum_buffer|square_avg|sum)|param_groups\..+"
 )
+_MASTER = re.compile(r"(?:.*?\.)?(?:fp32_param|master_param|param)\.(.+)")
 _STEPS = ("iteration", "global_step", "step", "epoch")
 _BESIDE = ("meta.pt", "common.pt")
 BESIDE = (*_BESIDE, "metadata.json")
@@ -71,7 +74,7 @@ class Entry:
     boxes: list[Box]
 
 
-@dataclass(slots=True)
+@dataclass
 class Metadata:
     """What ``.metadata`` tells. ``items``: (name, offsets) of a piece, or (name, None) of an object -> where it lies.
     ``paths``: name -> the keys that lead to it in the state dict, where they are known."""
@@ -113,23 +116,47 @@ def read_home(home: Home) -> Container:
     """Returns the container of a DCP folder, wherever its files are. Raises FormatError."""
     names = home.names()
     names = [METADATA] if METADATA in names else [name for name in names if _OF_RANK.fullmatch(name)]
-    metadata, files = Metadata(), list[Location]()
+    told, files = list[Metadata](), list[Location]()
     for name in names:
         place = home.place(name)
         if place is not None:
-            _add(metadata, read_metadata(place, f"{home.where}/{name}"))
+            told.append(read_metadata(place, f"{home.where}/{name}"))
             files.append(place[0])
+    metadata = told[0] if len(told) == 1 else Metadata()
+    for of_rank in told if len(told) != 1 else ():
+        _add(metadata, of_rank)
     return _Reading(home, metadata, files).container()
 
 
 # ------------------------------------------------------------------------------------------------------------- .metadata
 
 
+_KNOWN: WeakValueDictionary[Likeness, Metadata] = WeakValueDictionary()
+"""What is known of files that a container was made of, by their likeness. Nobody changes it."""
+
+
 def read_metadata(place: Place, where: str) -> Metadata:
-    """Returns what a ``.metadata`` file tells. Raises FormatError; nothing in it is executed."""
+    """Returns what a ``.metadata`` file tells, which is not to be changed. Raises FormatError; nothing in it is executed.
+
+    The steps of a run tell the same, so one is read for all.
+    """
     path, offset, nbytes = place
     with path.stream() as whole:
-        tree = unpickle(archive.within(whole, (offset, nbytes)), where=where)
+        stream = archive.within(whole, (offset, nbytes))
+        if nbytes > MOST_BYTES:
+            return _read(stream, where)
+        data = stream.read()
+    alike = likeness(data)
+    if alike is None:
+        return _read(data, where)
+    known = _KNOWN.get(alike)
+    if known is None:
+        known = _KNOWN[alike] = _read(data, where)
+    return known
+
+
+def _read(source: bytes | BinaryIO, where: str) -> Metadata:
+    tree = unpickle(source, where=where)
     try:
         return _metadata(tree, where)
     except _DAMAGE as error:
@@ -184,7 +211,8 @@ def _add(made: Metadata, of_rank: Metadata) -> None:
                     f"the tensor {printable(name)} has another dtype or shape in the metadata of another rank"
                 )
             there = set(known.boxes)
-            known.boxes.extend(box for box in entry.boxes if box not in there)
+            more = [box for box in entry.boxes if box not in there]
+            made.tensors[name] = replace(known, boxes=[*known.boxes, *more])
     made.objects += [name for name in of_rank.objects if name not in made.objects]
     made.items = {**of_rank.items, **made.items}
     made.paths = {**of_rank.paths, **made.paths}
@@ -250,12 +278,25 @@ def is_optimizer_item(name: str, path: tuple[Any, ...]) -> bool:
     )
 
 
+def weight_of_master(name: str, entry: Entry, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Returns the weight of which an optimizer's entry is the copy in float32, by its name in Megatron
+    (``optimizer.state.param.WEIGHT``). None for any other entry. ``shapes``: those of the weights."""
+    found = _MASTER.fullmatch(name) if entry.dtype is DType.F32 else None
+    while found is not None:  # "param" may be a part of a weight's name too
+        if shapes.get(found[1]) == entry.shape:
+            return found[1]
+        found = _MASTER.fullmatch(found[1])
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """What an output of the same kind takes over: the files, and what ``.metadata`` tells beside the weights."""
+    """What an output of the same kind takes over: the files, and what ``.metadata`` tells beside the weights. ``told``: all
+    that it tells, kept so that it is not read again for the next step of the run."""
 
     home: Home
     metadata: Metadata
+    told: Metadata
 
     def place(self, item: Item, what: str) -> tuple[Location, int]:
         """Returns the file and the offset of an item. Raises FormatError if it is not there."""
@@ -306,7 +347,8 @@ class _Reading:
         made.own_files = _OWN_FILES
         made.reading_bytes = _LISTED_BYTES * len(self.metadata.items)
         items = {key: item for key, item in self.metadata.items.items() if key[0] not in self.weights}
-        made.distributed = Saved(self.home, Metadata(self.left, self.metadata.objects, items, self.metadata.paths))
+        beside = Metadata(self.left, self.metadata.objects, items, self.metadata.paths)
+        made.distributed = Saved(self.home, beside, self.metadata)
         made.skipped = self._skipped(places)
         made.notes += self._notes()
         made.facts |= self._facts()
@@ -418,13 +460,33 @@ class _Reading:
         return made
 
     def _skipped(self, places: Mapping[str, Place]) -> dict[Location, list[tuple[int, int]]]:
-        """Returns the ranges of the used files whose items no merge reads."""
+        """Returns the ranges of the used files whose items no merge reads: whole items, or the bytes of an optimizer's
+        copies of the weights, which an output has from the merge."""
         skipped: dict[Location, list[tuple[int, int]]] = defaultdict(list)
-        for (name, _), item in self.metadata.items.items():
+        shapes = {name: entry.shape for name, entry in self.weights.items()}
+        masters = {name for name, entry in self.left.items() if weight_of_master(name, entry, shapes) is not None}
+        for (name, offsets), item in self.metadata.items.items():
             if name not in self.weights and item.file in places and item.nbytes:
-                path, base, _ = places[item.file]
-                skipped[path].append((base + item.offset, item.nbytes))
+                path, base, size = places[item.file]
+                span = base + item.offset, item.nbytes
+                if name in masters and offsets is not None and item.offset + item.nbytes <= size:
+                    span = self._within(path, span, self.left[name], offsets) or span
+                skipped[path].append(span)
         return skipped
+
+    def _within(
+        self, path: Location, span: tuple[int, int], entry: Entry, offsets: tuple[int, ...]
+    ) -> tuple[int, int] | None:
+        """Returns where the bytes of a tensor lie in its item. None if they are not plain ones."""
+        sizes = dict(entry.boxes).get(offsets)
+        if sizes is None or entry.dtype is None:
+            return None
+        with path.stream() as stream:
+            try:
+                source = self._piece(stream, path, Item("", *span), TensorSpec("", entry.dtype, sizes), "")
+            except StreammergeError:
+                return None
+        return (source.offset, source.spec.nbytes) if source.__class__ is Stored else None
 
     def _notes(self) -> list[str]:
         notes = []

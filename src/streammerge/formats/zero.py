@@ -168,9 +168,12 @@ class _Reading:
         return made
 
     def _without_optimizer(self) -> Container:
-        """Returns the model in the compute dtype, where the files of the optimizer are not there."""
+        """Returns the model in the compute dtype, where the files of the optimizer are not there.
+
+        Without ZeRO (stage 0) there are none, and no shapes either: the optimizer lies beside the whole model.
+        """
         empty = [name for name, ref in self.module.items() if 0 in ref.shape]
-        shapes = [_shapes(group, self.where) for group in _list(self.states["param_shapes"])]
+        shapes = [_shapes(group, self.where) for group in _list(self.states["param_shapes"] or [])]
         lost = [name for group in shapes for name in group if name in empty]
         if lost:
             raise FormatError(
@@ -179,7 +182,10 @@ class _Reading:
             )
         sources = {name: self.first.locate(name, ref) for name, ref in self.module.items()}
         made = self._container(NAME, sources, 1)
-        made.notes.append(f"{self.where} has no files of the optimizer, so the weights have the dtype of the computation")
+        if shapes:
+            made.notes.append(
+                f"{self.where} has no files of the optimizer, so the weights have the dtype of the computation"
+            )
         return made
 
     def _of_stage2(

@@ -238,3 +238,48 @@ def test_files_of_megatron_stay_beside_it(tmp_path: Path) -> None:
     made = by_torch(tmp_path / "out", tmp_path / "out.pth")
     assert made["decoder.layers._extra_state/shard_0_4"] == b"x"
     assert made["decoder.layers.mlp.weight"].shape == (4, 3, 2)
+
+
+def with_masters(folder: Path, seed: int, name: str = "optimizer.state.param.decoder.w") -> tuple[Path, torch.Tensor]:
+    """Writes a checkpoint whose optimizer holds the weight in float32, as Megatron's does."""
+    weight = torch.randn(70_001, 3, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    tensors = {"decoder.w": weight, name: weight.float() + 1e-4, "optimizer.state.exp_avg.decoder.w": weight.float() * seed}
+    return dcp_maker.write(folder, tensors, dcp_maker.sharded(0, 3), ranks=3), weight
+
+
+@pytest.mark.parametrize("kind", ["param", "fp32_param", "master_param"])
+def test_an_optimizers_copies_of_the_weights_are_the_merge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(dcp_writer, "BLOCK_BYTES", 400_000)
+    master = f"optimizer.state.{kind}.decoder.w"
+    (a, one), (b, two) = (with_masters(tmp_path / str(seed), seed, master) for seed in (1, 2))
+    result = sm.merge([a, b], tmp_path / "out/", weights=[0.3, 0.7], keep_optimizer=True)
+    made = by_torch(tmp_path / "out", tmp_path / "out.pth")
+    exact = (one.double() * 0.3 + two.double() * 0.7) / (0.3 + 0.7)
+    assert torch.equal(made[master], exact.float())
+    assert torch.equal(made["decoder.w"], exact.bfloat16())
+    assert torch.equal(made["optimizer.state.exp_avg.decoder.w"], one.float())
+    assert not any(master in note for note in result.notes)
+    sm.verify(tmp_path / "out")
+    without = sm.merge([a, b], tmp_path / "bare/")
+    assert any(master in note for note in without.notes)
+
+
+def test_a_weight_that_is_called_param_has_its_own_state(tmp_path: Path) -> None:
+    paths = []
+    for seed in (1, 2):
+        weight = torch.full((4, 2), float(seed))
+        tensors = {"param.w": weight, "w": weight, "optimizer.state.param.w.exp_avg": weight * 5}
+        paths.append(dcp_maker.write(tmp_path / str(seed), tensors))
+    sm.merge(paths, tmp_path / "out/", keep_optimizer=True)
+    made = by_torch(tmp_path / "out", tmp_path / "out.pth")
+    assert torch.equal(made["optimizer.state.param.w.exp_avg"], torch.full((4, 2), 5.0))
+
+
+def test_an_optimizers_buckets_of_weights_are_refused(tmp_path: Path) -> None:
+    name = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.bfloat16, torch.float32).bucket_idx_0.param"
+    paths = [with_masters(tmp_path / str(seed), seed, name)[0] for seed in (1, 2)]
+    with pytest.raises(sm.RecipeError, match=r"in buckets .* leave `keep_optimizer` out, or save"):
+        sm.merge(paths, tmp_path / "out/", keep_optimizer=True)
+    sm.merge(paths, tmp_path / "out/")

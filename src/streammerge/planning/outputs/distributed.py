@@ -7,7 +7,8 @@ states of generators of random numbers, and on request the optimizer.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import dcp_writer
 from streammerge.formats.base import LayoutFile
-from streammerge.formats.dcp import BESIDE, Saved, is_optimizer_item
+from streammerge.formats.dcp import BESIDE, Saved, is_optimizer_item, weight_of_master
 from streammerge.formats.dcp_writer import Piece, Whole
 from streammerge.pickles.training_state import is_training_state
 from streammerge.planning.aligned import Merged
@@ -29,6 +30,9 @@ from streammerge.sources.stored import Stored
 from streammerge.stores.base import Location
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import TensorSpec
+
+_BUCKET = re.compile(r".*\.bucket_idx_\d+\.param")
+"""An optimizer's copies in float32 of many weights, one behind the other, as Megatron calls them."""
 
 
 def is_distributed(recipe: Recipe, part: CheckpointIndex) -> bool:
@@ -85,15 +89,20 @@ class _Contents:
         self.tensors: dict[str, Whole] = {}
         self.paths: dict[str, tuple[Any, ...]] = {}
         self.placed: dict[str, tuple[TensorSpec, Merged | None, Source | None]] = {}
+        self.merged: dict[str, Merged] = {}
 
     def add_merged(self, m: Merged) -> None:
         for name in (m.spec.name, *m.tied):
             full, path = self._full(m.base_names[0], name)
-            blocks = _blocks(m.spec.shape, m.spec.nbytes) if _may_be_cut(m) else [(0, 0)]
-            for start, stop in blocks:
-                of_block = m if len(blocks) == 1 else replace(m, sources=tuple(rows_of(s, start, stop) for s in m.sources))
-                self._add(full, m.spec, (start, stop), len(blocks) > 1, of_block, None)
+            self._add_blocks(full, m)
             self._named(full, m.spec, path)
+            self.merged[full] = m
+
+    def _add_blocks(self, full: str, m: Merged) -> None:
+        blocks = _blocks(m.spec.shape, m.spec.nbytes) if _may_be_cut(m) else [(0, 0)]
+        for start, stop in blocks:
+            of_block = m if len(blocks) == 1 else replace(m, sources=tuple(rows_of(s, start, stop) for s in m.sources))
+            self._add(full, m.spec, (start, stop), len(blocks) > 1, of_block, None)
 
     def _full(self, base: str, name: str) -> tuple[str, tuple[Any, ...]]:
         """Returns the name of a tensor in the checkpoint, and the keys that lead to it; () if they are not known.
@@ -145,10 +154,41 @@ class _Contents:
         metadata = self.saved.metadata
         for name in (*metadata.objects, *metadata.tensors):
             (kept if self.keep_optimizer or not self._is_state(name) else left).append(name)
+        shapes = {full: m.spec.shape for full, m in self.merged.items()}
+        masters = {name: m for name in kept if (m := self._weight_of(name, shapes)) is not None}
         for name in kept:
-            self._copy_items(name)
-        dispositions.add("entry", kept, "copied", "of the first input, beside its weights")
+            if name in masters:
+                self._add_master(name, masters[name])
+            else:
+                self._copy_items(name)
+        copied = [name for name in kept if name not in masters]
+        dispositions.add("entry", copied, "copied", "of the first input, beside its weights")
+        dispositions.add("entry", [*masters], "merged", "the optimizer's copies of the weights in float32")
         dispositions.add("entry", left, "dropped", OPTIMIZER)
+
+    def _weight_of(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Merged | None:
+        """Returns the merged weight of which an entry is the optimizer's copy in float32, None for any other entry.
+
+        Training would go on from these copies, so they must not be the first input's. Raises RecipeError for copies whose
+        weights are not known.
+        """
+        entry = self.saved.metadata.tensors.get(name)
+        if entry is None or not self._is_state(name):
+            return None
+        if _BUCKET.fullmatch(name):
+            raise RecipeError(
+                f"{self.saved.home.where}: the optimizer holds the weights in float32 in buckets ({printable(name)}), from "
+                "which training would go on instead of from the merge; leave `keep_optimizer` out, or save the checkpoint "
+                "with Megatron's --dist-ckpt-optim-fully-reshardable"
+            )
+        weight = weight_of_master(name, entry, shapes)
+        return None if weight is None or self.merged[weight].spec.dtype.kind != "float" else self.merged[weight]
+
+    def _add_master(self, name: str, m: Merged) -> None:
+        """Adds the merge in float32, so that the weight beside it is this number rounded."""
+        own = replace(m, spec=TensorSpec(name, DType.F32, m.spec.shape), tied=())
+        self._add_blocks(name, own)
+        self._named(name, own.spec, self.saved.metadata.paths.get(name, ()))
 
     def _is_state(self, name: str) -> bool:
         """Whether an entry is the state of an optimizer or a scheduler, which is stale after a merge."""

@@ -1,0 +1,106 @@
+"""Metadata of the steps of a run: read once where they tell the same, and each by itself otherwise."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import load_safetensors
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+import streammerge as sm
+from formats.dcp_maker import sharded, write
+from streammerge.formats import dcp, dcp_alike
+from streammerge.stores.locations import parse
+
+
+def _step(name: str, seed: int, rows: int = 10, label: str = "") -> dict[str, torch.Tensor]:
+    """Writes a step, whose metadata end as torch's own do, and returns its tensors."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {f"w{n}": torch.randn(rows, 3, generator=generator) for n in range(400)}  # several frames of a pickle
+    path = write(Path(name), tensors, sharded(0, 3))
+    with (path / ".metadata").open("rb") as file:
+        made: Metadata = pickle.load(file)
+    made.storage_meta = StorageMeta(Path(name), save_id=label or f"{seed:032}")
+    with (path / ".metadata").open("wb") as file:
+        pickle.dump(made, file, protocol=4)
+    return tensors
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def _read(name: str) -> dcp.Metadata:
+    path = parse(f"{name}/.metadata")
+    return dcp.read_metadata((path, 0, path.size), name)
+
+
+def test_steps_of_a_run_are_read_once() -> None:
+    for name, seed in (("step-9", 1), ("step-10", 2)):  # the longer name changes the length of the last frame
+        _step(name, seed)
+    assert Path("step-9/.metadata").read_bytes() != Path("step-10/.metadata").read_bytes()
+    first = _read("step-9")
+    assert _read("step-10") is first
+
+
+def test_what_was_read_is_forgotten_with_its_container() -> None:
+    _step("step-9", 1)
+    container = dcp.read(parse("step-9"))
+    assert len(dcp._KNOWN) == 1
+    del container
+    assert not dcp._KNOWN
+
+
+def test_steps_of_a_run_are_merged_right() -> None:
+    tensors = [_step(f"step-{number}", number) for number in (8, 9, 10)]
+    sm.merge("step-*", "out.safetensors")
+    made = load_safetensors(Path("out.safetensors"))
+    for name in tensors[0]:
+        wanted = sum(each[name].double() for each in tensors) / 3
+        assert torch.equal(made[name], wanted.float())
+
+
+@pytest.mark.parametrize("rows", [11, 9])
+def test_other_shapes_are_other_metadata(rows: int) -> None:
+    _step("step-1", 1)
+    _step("step-2", 2, rows=rows)
+    first, second = _read("step-1"), _read("step-2")
+    assert second is not first
+    assert second.tensors["w0"].shape == (rows, 3)
+
+
+def test_every_changed_byte_before_the_end_counts() -> None:
+    _step("step-1", 1)
+    data = Path("step-1/.metadata").read_bytes()
+    wanted = dcp_alike.likeness(data)
+    assert wanted is not None
+    end = data.rfind(b"storage_meta") - 2
+    frame = dcp_alike._last_frame(data, end)
+    assert frame > 1000  # there are several
+    for at in (*range(40), *range(end - 40, end), *range(frame - 3, frame), *range(frame + 8, frame + 11)):
+        changed = bytearray(data)
+        changed[at] ^= 1
+        assert dcp_alike.likeness(bytes(changed)) != wanted, at
+
+
+@pytest.mark.parametrize("text", ["state_dict_metadata", "planner_data", "storage_data"])
+def test_an_end_that_tells_more_is_not_alike(text: str) -> None:
+    _step("step-1", 1, label="".join(list(text)))  # another object than the key, so the pickle has it as a text again
+    assert dcp_alike.likeness(Path("step-1/.metadata").read_bytes()) is None
+
+
+@pytest.mark.parametrize(
+    "end", [b"", b"\x8c\x0cstorage_meta", b"\x8c\x0cstorage_meta\x94\x8c\xff.", b"\x8c\x0cstorage_meta.."]
+)
+def test_an_end_that_is_cut_is_not_alike(end: bytes) -> None:
+    assert dcp_alike.likeness(b"\x80\x04" + end) is None
+
+
+def test_an_end_with_a_call_by_name_is_not_alike() -> None:
+    data = b"\x80\x04\x8c\x0cstorage_metacos\nsystem\n."
+    assert dcp_alike.likeness(data) is None
+    assert dcp_alike.likeness(data.replace(b"cos\nsystem\n", b"N")) is not None
