@@ -180,3 +180,15 @@ def test_a_model_of_a_pipeline_against_the_pipeline(
     with pytest.raises(sm.MismatchError, match="this looks like the model of a subfolder: give pipe/unet") as caught:
         sm.plan(list(order))
     assert "another architecture" not in str(caught.value)
+
+
+def test_names_that_differ_in_numbers_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file, name in (("a", "experts"), ("b", "expert_mlps")):
+        tensors = {f"layers.{n}.{name}.{e}.w": torch.zeros(2) for n in range(12) for e in range(8)}
+        save_file({**tensors, "norm": torch.zeros(2)}, f"{file}.safetensors")
+    with pytest.raises(sm.MismatchError) as caught:
+        sm.plan(["a.safetensors", "b.safetensors"])
+    said = str(caught.value).splitlines()
+    assert "  b.safetensors lacks 96: layers.{0-11}.experts.{0-7}.w" in said
+    assert "  b.safetensors has 96 that a.safetensors lacks (they stay out): layers.{0-11}.expert_mlps.{0-7}.w" in said

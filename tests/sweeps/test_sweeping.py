@@ -396,6 +396,47 @@ def test_a_recipe_is_read_as_often_as_one_merge(models: None) -> None:
     assert once.read_bytes <= result.read_bytes <= 4 * once.read_bytes
 
 
+@pytest.mark.parametrize("stops", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_long_tensors_with_passes_are_made_one_after_the_other_by_all_outputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("base", "a", "b")):
+        make = torch.Generator().manual_seed(number)
+        shapes = {"first": (1025, 4096), "second": (2050, 2048), "short": (70, 70)}
+        save_file({k: torch.randn(shape, generator=make) for k, shape in shapes.items()}, f"{name}.safetensors")
+    asked: dict[str, Any] = {"base": "base.safetensors", "method": "ties", "workers": 2}
+    order: list[str] = []
+
+    def told(event: object) -> None:
+        if isinstance(event, TaskDone) and event.tensor in ("first", "second"):
+            order.append(event.tensor)
+            if stops and len(order) == 3:
+                raise KeyboardInterrupt
+
+    def run(listener: Any = lambda event: None) -> Any:
+        parameters = {"density": ["0.2", "0.6"]}
+        return sm.sweep(["a.safetensors", "b.safetensors"], "out", parameters=parameters, listener=listener, **asked)
+
+    if stops:
+        with pytest.raises(KeyboardInterrupt):
+            run(told)
+        result = run()
+    else:
+        result = run(told)
+        assert order == 4 * ["first"] + 4 * ["second"]  # two outputs, two pieces of each
+        assert any("one after the other while a tensor is in the system's cache" in note for note in result.notes)
+    for each in result.kept:
+        sm.merge(
+            ["a.safetensors", "b.safetensors"],
+            "one.safetensors",
+            parameters={"density": float(each.settings["density"])},
+            overwrite=True,
+            **asked,
+        )
+        assert Path(each.out).read_bytes() == Path("one.safetensors").read_bytes()
+
+
 def test_the_weights_of_a_recipe_are_those_of_its_models(models: None, cli: Cli) -> None:
     Path("recipe.yaml").write_text("merge_method: ties\nparameters: {density: 0.5}\n" + MODELS + RULES)
     found = cli("sweep", "recipe.yaml", "--weights", "0.3,0.7", "-p", "weight=0.9,0.1", "-o", "out").stdout

@@ -8,6 +8,7 @@ from typing import Any
 
 from streammerge.diffing.sums import Agreement, Measured, Sums
 from streammerge.errors import listed, printable
+from streammerge.tensors.bundles import bundled, shown
 from streammerge.tensors.layers import layer_of
 from streammerge.tensors.spec import TensorSpec
 from streammerge.units import binary_bytes, counted, decimal_bytes, inflected
@@ -228,8 +229,8 @@ class Diff(Measured):
             facts.append(("elements", f"{_percent(self.share)} of {self.elems:,} differ"))
         if self.nonfinite:
             facts.append(("finite", f"{self.nonfinite:,} elements are NaN or infinite; norms and cosines are without them"))
-        facts += [("only in A", listed(list(self.only_a), _SHOWN_NAMES))] * bool(self.only_a)
-        facts += [("only in B", listed(list(self.only_b), _SHOWN_NAMES))] * bool(self.only_b)
+        facts += [("only in A", shown(bundled(self.only_a), _SHOWN_NAMES))] * bool(self.only_a)
+        facts += [("only in B", shown(bundled(self.only_b), _SHOWN_NAMES))] * bool(self.only_b)
         shapes = [
             f"{each.name} {list(each.a.shape)} and {list(each.b.shape)}"
             for each in self.tensors
@@ -367,7 +368,8 @@ def _number(value: float | None) -> str:
 
 
 def _cosine(value: float | None, places: int = 6) -> str:
-    return "-" if value is None else f"{value:.{places}f}"
+    text = "-" if value is None else f"{value:.{places}f}"
+    return text.lstrip("-") if value is not None and float(text) == 0 else text  # not -0.00
 
 
 def _percent(value: float | None) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from streammerge.errors import MismatchError, listed, printable
 from streammerge.recipe.model import Recipe
 from streammerge.tensors.adapters import is_adapter
+from streammerge.tensors.bundles import bundled
 from streammerge.tensors.layers import depths
 from streammerge.tensors.spec import TensorSpec
 
@@ -110,10 +111,10 @@ class Mismatch:
         said = []
         for path in dict.fromkeys([*self.missing, *self.extra]):
             if self.missing.get(path):
-                said.append(f"{printable(path)} lacks {len(self.missing[path])}: {listed(self.missing[path])}")
+                said.append(f"{printable(path)} lacks {len(self.missing[path])}: {listed(bundled(self.missing[path]))}")
             if extra and self.extra.get(path):
                 whose = f"{printable(path)} has {len(self.extra[path])} that {printable(self.first)} lacks"
-                said.append(f"{whose} ({fate}): {listed(self.extra[path])}")
+                said.append(f"{whose} ({fate}): {listed(bundled(self.extra[path]))}")
         return said
 
     def refuse(self, recipe: Recipe) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from streammerge.checkpoints.index import open_checkpoint
-from streammerge.errors import StreammergeError, listed, printable
+from streammerge.errors import StreammergeError, printable
 from streammerge.planning.conservation import unused_text
 from streammerge.planning.plan import Plan
 from streammerge.planning.receipt import Receipt
@@ -20,13 +20,14 @@ from streammerge.running.execution import Result
 from streammerge.sources.base import Source
 from streammerge.sources.stored import Stored
 from streammerge.stores.base import Location
+from streammerge.tensors.bundles import bundled, shown
 from streammerge.tensors.spec import TensorSpec
 from streammerge.units import binary_bytes, counted, decimal_bytes
 
 if TYPE_CHECKING:
     from streammerge.diffing.result import Diff
 
-_MOST_SHOWN, _MOST_MOVED = 3, 5
+_MOST_SHOWN, _MOST_MOVED, _MOST_NAMES = 3, 5, 20
 _SAMPLED = (
     "distances are estimated while merging, from a sample: all of a tensor up to 256 elements, 256 of up to 65,536, 0.16 % "
     "of a million, 0.1 % of 4 million and more. Where all elements change alike, they are within 1 % from 4 million "
@@ -184,8 +185,9 @@ def of_diff(diff: Diff) -> Facts:
             each.b.shape,
             each.b.dtype.torch_name,
             "equal" if each.equal else "differs",
-            (each.relative,),
+            (each.relative if each.b.dtype.kind == "float" else None,),  # the number of a counter is no distance
             each.elems,
+            "N" if each.nonfinite else "" if each.b.dtype.kind == "float" else "i",
         )
         for each in diff.tensors
         if each.comparable
@@ -195,12 +197,12 @@ def of_diff(diff: Diff) -> Facts:
     facts.made += [("distance", _number(diff.relative)), ("cosine", _number(diff.cosine))]
     facts.made += [("read", decimal_bytes(diff.read_bytes))]
     only = [
-        f"{len(names):,} only in {side}: {listed(list(map(printable, names)), _MOST_SHOWN)}"
+        f"{len(names):,} only in {side}: {shown(bundled(names), _MOST_SHOWN)}"
         for side, names in (("A", diff.only_a), ("B", diff.only_b))
         if names
     ]
     facts.accounts = [
-        (side, "only here", len(names), ", ".join(map(printable, names[:20])), "the other lacks it")
+        (side, "only here", len(names), shown(bundled(names), _MOST_NAMES), "the other lacks it")
         for side, names in (("A", diff.only_a), ("B", diff.only_b))
         if names
     ]

@@ -93,7 +93,7 @@ def curves(samples: Sequence[Sample], memory_bytes: int) -> str:
         memory.annotate("budget", place, xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
         memory.set_ylim(0, memory_bytes / _MIB * 1.18)
         memory.set_title("memory above start-up (MiB)", loc="left")
-        speed.plot(*_throughput(samples), color="#66a182", linewidth=1.8)
+        speed.plot(*throughput(samples), color="#66a182", linewidth=1.8)
         speed.set_ylim(0, None)
         speed.set_title("throughput (MB/s)", loc="left")
         speed.set_xlabel("seconds")
@@ -103,7 +103,7 @@ def curves(samples: Sequence[Sample], memory_bytes: int) -> str:
     return _svg(draw, 3.6, "Memory and throughput over time")
 
 
-def _throughput(samples: Sequence[Sample]) -> tuple[list[float], list[float]]:
+def throughput(samples: Sequence[Sample]) -> tuple[list[float], list[float]]:
     """Returns times and MB per second, in some forty steps of equal length."""
     begin, end = samples[0].seconds, samples[-1].seconds
     step = max((end - begin) / _STEPS, 1e-9)
@@ -113,7 +113,11 @@ def _throughput(samples: Sequence[Sample]) -> tuple[list[float], list[float]]:
             some.append(each)
     if len(some) < 2:
         some.append(samples[-1])
+    else:  # what came after the last step belongs to it
+        some[-1] = samples[-1]
     speeds = [(b.done_bytes - a.done_bytes) / max(b.seconds - a.seconds, 1e-9) / _MB for a, b in pairwise(some)]
+    if len(speeds) == 1:
+        return [begin, end], speeds * 2
     return [each.seconds for each in some[1:]], speeds
 
 

@@ -72,6 +72,18 @@ def run_all(
         yield from making.together(number)
 
 
+def run_long(
+    job: Job,
+    executor: Executor,
+    tasks: Sequence[MergeTask],
+    number: int,
+    wanted: Callable[[Piece], bool],
+    inputs: InputFiles,
+) -> Generator[PieceDone, None, None]:
+    """Makes the wanted pieces of one long tensor (:attr:`MergeTask.spread`) by all workers, as :func:`run_all` does."""
+    yield from _Making(job, executor, tasks, wanted, inputs if job.budget.ahead_bytes else None, None).together(number)
+
+
 class _Making:
     """The ways to make the wanted pieces of some tasks. ``ahead``: remote inputs, fetched before they are read."""
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from streammerge.planning.receipt import ITSELF, written_like
 from streammerge.planning.tasks import Piece, PieceDone, alike, pieces
 from streammerge.running import process
 from streammerge.running.choosing import executor_of
-from streammerge.running.engine import modules_of, run_all
+from streammerge.running.engine import modules_of, run_all, run_long
 from streammerge.running.executors.base import Executor, Executors
 from streammerge.running.finished import FinishedPieces, MeasuredTasks, other_sum, tensor_sums
 from streammerge.running.job import Job, OutputPlace, lent, new_key
@@ -350,7 +350,8 @@ class Run:
 
     def begin(self) -> list[Output]:
         """Lets pieces be made elsewhere, before :meth:`finish`. Returns the open files that they are written to."""
-        self.journal.begin(self._done)
+        if not self._begun:
+            self.journal.begin(self._done)
         self._begun = True
         return self._outputs
 
@@ -370,20 +371,35 @@ class Run:
             self._refuse_nonfinite()  # now, and not after hours of work that would then be dropped
         return finished
 
+    def make_long(self, number: int) -> None:
+        """Makes one long tensor (:attr:`MergeTask.spread`) before :meth:`finish`. Ends the workers then, so that another
+        run can have their memory."""
+        job = self._job()
+        with (
+            lent(job, self._inputs, self._outputs),
+            closing(run_long(job, self._executor, self._tasks, number, self._wanted, self._inputs)) as results,
+        ):
+            self._take_all(results)
+        self._inputs.halted_by(lambda: None)
+        self._end_workers()
+
     def _make_pieces(self) -> None:
-        held = process.Gauge()
         # Closes the generator explicitly, because after Ctrl-C no worker may outlive the files that it writes.
         job = self._job()
         with (
             lent(job, self._inputs, self._outputs),
             closing(run_all(job, self._executor, self._tasks, self._wanted, self._inputs, self._in_parts)) as results,
         ):
-            for done in results:
-                piece = done.piece(self._tasks)
-                finished = self.take(piece, done)
-                self.read_bytes += done.read_bytes
-                self.listener(TaskDone(piece.task.out.name, piece.read_bytes, finished.nbytes, held.now()))
+            self._take_all(results)
         self._inputs.halted_by(lambda: None)  # the workers have ended, and side files are still to be read
+
+    def _take_all(self, results: Iterable[PieceDone]) -> None:
+        held = process.Gauge()
+        for done in results:
+            piece = done.piece(self._tasks)
+            finished = self.take(piece, done)
+            self.read_bytes += done.read_bytes
+            self.listener(TaskDone(piece.task.out.name, piece.read_bytes, finished.nbytes, held.now()))
 
     def _job(self) -> Job:
         plan = self.plan

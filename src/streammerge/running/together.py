@@ -27,7 +27,7 @@ from streammerge.planning.budget import (
 )
 from streammerge.planning.costs import budget_of
 from streammerge.planning.plan import Plan
-from streammerge.planning.tasks import MergeTask, Piece, PieceDone, as_one_piece, objects, pieces, stretches
+from streammerge.planning.tasks import MergeTask, Piece, PieceDone, as_one_piece, objects, pieces, stretches, where
 from streammerge.running import process
 from streammerge.running.choosing import executor_of
 from streammerge.running.engine import modules_of
@@ -358,6 +358,24 @@ class Together:
             for run in runs:
                 run.peak_bytes, run.startup_bytes = max(run.peak_bytes, used.peak_bytes), used.startup_bytes
         return read_bytes
+
+    def make_long(self, runs: Sequence[Run], executor: str | Executors) -> int:
+        """Makes the long tensors whose passes all workers share, tensor by tensor, so that all outputs read one while it is
+        in the system's cache. Returns how many. Leaves them to the runs where one needs more than inputs and files, and to
+        worker processes, whose start would cost more."""
+        plans = self.plans
+        if executor == "processes" or any(plan.spooled or plan.executor == "processes" for plan in plans):
+            return 0
+        long = [where(plan.tasks, lambda task: task.spread and not task.of_one and not task.to_turn) for plan in plans]
+        names = [{plan.tasks[number].out.name: number for number in own} for plan, own in zip(plans, long, strict=True)]
+        every = dict.fromkeys(name for own in names for name in own)
+        if not every or any(file.in_parts for run in runs for file in run.begin()):
+            return 0
+        for name in every:
+            for run, own in zip(runs, names, strict=True):
+                if name in own:
+                    run.make_long(own[name])
+        return len(every)
 
     def _methods(self) -> Iterator[MergeTask]:
         """Yields a task of each further method."""

@@ -175,7 +175,7 @@ class Maker:
         process.reset_peak()
         startup, began = process.resident_bytes(), time.perf_counter()
         together = Together(plans) if len(plans) > 1 else None
-        once = together.read_bytes if together else 0
+        once, in_turn = together.read_bytes if together else 0, 0
         written = sum(plan.write_bytes for plan in plans)
         reading = once + sum(plan.read_bytes for plan in plans) - once * len(plans)
         tell(RunStarted(reading, written, plans[0].memory_bytes, sum(len(plan.tasks) for plan in plans)))
@@ -206,6 +206,7 @@ class Maker:
                 asked = (self._memory_bytes, workers, options.executor, options.polite, tell)
                 self.tally.read_bytes += together.make(runs, *asked)
                 self.tally.reads += 1
+                in_turn = together.make_long(runs, options.executor)
             for run in runs:
                 run.finish()
                 publish(run, inner)
@@ -213,7 +214,8 @@ class Maker:
         alone_too = sum(run.read_bytes > 0 for run in runs)
         self.tally.reads += alone_too if together is None else 0
         if together is not None and alone_too:
-            self._told("note", f"{alone_too} outputs read some tensors again, whose passes all workers share")
+            how = ", one after the other while a tensor is in the system's cache" if in_turn else ""
+            self._told("note", f"{alone_too} outputs read some tensors again, whose passes all workers share{how}")
         self.tally.read_bytes += sum(run.read_bytes for run in runs)
         self.tally.written_bytes += written
         self.tally.startup_bytes = startup
