@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import random
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -104,3 +107,32 @@ def test_an_end_with_a_call_by_name_is_not_alike() -> None:
     data = b"\x80\x04\x8c\x0cstorage_metacos\nsystem\n."
     assert dcp_alike.likeness(data) is None
     assert dcp_alike.likeness(data.replace(b"cos\nsystem\n", b"N")) is not None
+
+
+def _told(read: Callable[[], dcp.Metadata]) -> dcp.Metadata | type[Exception]:
+    try:
+        return read()
+    except sm.StreammergeError as error:
+        return type(error)
+
+
+def test_a_damaged_end_tells_the_same_with_and_without_another_step() -> None:
+    for seed in (1, 2):
+        write(Path(f"step-{seed}"), {f"w{n}": torch.ones(4, 3) for n in range(3)}, sharded(0, 3))
+        path = Path(f"step-{seed}/.metadata")
+        made: Metadata = pickle.loads(path.read_bytes())
+        made.storage_meta = StorageMeta(path.parent, save_id=f"{seed:032}")
+        path.write_bytes(pickle.dumps(made, protocol=4))
+    first, data = _read("step-1"), Path("step-2/.metadata").read_bytes()
+    assert _read("step-2") is first
+    end, drawn, hits = data.rfind(b"storage_meta"), random.Random(1), 0
+    Path("m").mkdir()
+    inserted = [b"", b"\x94", b"u", b"(", b"N", b"0", b"\xff", b"\x8c\1a\x94"]
+    for _ in range(600):
+        changed, at = bytearray(data), drawn.randrange(end - 20, len(data))
+        changed[at : at + drawn.randrange(3)] = drawn.choice(inserted)
+        Path("m/.metadata").write_bytes(changed)
+        made_anew, found = _told(partial(dcp._read, bytes(changed), "m")), _told(partial(_read, "m"))
+        assert found == made_anew, bytes(changed[end:])
+        hits += found is first
+    assert hits > 5

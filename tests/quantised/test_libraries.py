@@ -222,7 +222,7 @@ def test_gguf_of_its_own_writer(kind: str) -> None:
     assert same.all()
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma2", "gemma3"])
 def test_gguf_in_transformers(architecture: str) -> None:
     """The names, rows and norms are those of transformers' own reader."""
     gguf = pytest.importorskip("gguf", reason="gguf is not installed")
@@ -246,8 +246,10 @@ def test_gguf_in_transformers(architecture: str) -> None:
         shapes |= {f"{at}attn_{n}.weight": (r * wide // heads, wide) for n, r in (("q", heads), ("k", kv), ("v", kv))}
         shapes |= {f"{at}attn_output.weight": (wide, wide), f"{at}ffn_down.weight": (wide, inner)}
         shapes |= {f"{at}ffn_{n}.weight": (inner, wide) for n in ("gate", "up")}
-        norms = ["attn_norm", "ffn_norm", *(["post_attention_norm", "post_ffw_norm"] if architecture == "gemma2" else [])]
-        shapes |= {f"{at}{n}.weight": (wide,) for n in norms}
+        sandwiched = ["post_attention_norm", "post_ffw_norm"] if architecture in ("gemma2", "gemma3") else []
+        shapes |= {f"{at}{n}.weight": (wide,) for n in ("attn_norm", "ffn_norm", *sandwiched)}
+        if architecture in ("qwen3", "gemma3"):
+            shapes |= {f"{at}attn_{n}_norm.weight": (wide // heads,) for n in "qk"}
     for seed, (name, shape) in enumerate(shapes.items()):
         numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).numpy()
         if len(shape) == 2:
@@ -259,8 +261,8 @@ def test_gguf_in_transformers(architecture: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    kinds = {"llama": "Llama", "qwen2": "Qwen2", "gemma2": "Gemma2"}
-    config = getattr(transformers, f"{kinds[architecture]}Config")(
+    kinds = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2", "gemma3": "Gemma3"}
+    config = getattr(transformers, f"{kinds[architecture]}{'Text' * (architecture == 'gemma3')}Config")(
         hidden_size=wide, num_attention_heads=heads, num_key_value_heads=kv, intermediate_size=inner,
         head_dim=wide // heads, num_hidden_layers=layers, vocab_size=tokens,
         tie_word_embeddings=False, attention_bias=False,

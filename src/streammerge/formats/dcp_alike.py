@@ -13,14 +13,19 @@ from typing import NamedTuple
 MOST_BYTES = 64 << 20
 """Longer metadata are read without being compared, since they would be held as a whole."""
 _END = b"\x8c\x0cstorage_meta"
+_NAMES = frozenset(
+    b"storage_meta StorageMeta checkpoint_id pathlib PosixPath WindowsPath pathlib._local save_id load_id modules version "
+    b"1.0.0".split()
+)
+"""The texts of an end that are the same in all steps: names of fields and classes. Others differ."""
 _TOLD = (b"state_dict_metadata", b"planner_data", b"storage_data")
 """The entries that are read. None of them may stand in the end."""
 _MOST_END_BYTES = 1 << 16
-_FRAME, _TEXT, _LONG_TEXT, _STOP = 0x95, 0x8C, ord("X"), ord(".")
+_FRAME, _TEXT, _LONG_TEXT, _CLASS, _STOP = 0x95, 0x8C, ord("X"), 0x93, ord(".")
 _PLAIN = frozenset(b"\x94\x93\x81\x85\x86\x87\x88\x89)}](NRtusaeb.")
 """Opcodes without an argument that may stand in the end: those of dictionaries, lists, tuples, objects and their names."""
-_WITH_NUMBER = {ord("h"): 1, ord("j"): 4, ord("K"): 1, ord("M"): 2}
-"""Opcodes with a number in so many bytes."""
+_FIRST = ord("h")
+"""The opcode that takes what was remembered under a number. The end takes the first only, the name of torch's module."""
 
 
 class Likeness(NamedTuple):
@@ -35,28 +40,39 @@ def likeness(data: bytes) -> Likeness | None:
     at = data.rfind(_END)
     if at < 0 or len(data) - at > _MOST_END_BYTES:
         return None
-    end = bytearray()
+    end, known = bytearray(), [False, False]  # known: which texts are names
     for opcode, argument in _opcodes(data, at):
-        if opcode is None or argument in _TOLD:
+        if opcode is None or argument in _TOLD or not _is_text(argument) or (opcode == _CLASS and not all(known[-2:])):
             return None
         end.append(opcode)
-        if opcode not in (_TEXT, _LONG_TEXT):
-            end += argument
+        if opcode in (_TEXT, _LONG_TEXT):
+            known.append(argument in _NAMES)
+            end += argument if known[-1] else b""
     frame = _last_frame(data, at)
     digest = hashlib.sha256(data[:frame])
     digest.update(memoryview(data)[min(frame + 8, at) : at])  # without the length of the last frame, which spans the end
     return Likeness(digest.digest(), bytes(end))
 
 
+def _is_text(data: bytes) -> bool:
+    try:
+        data.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def _opcodes(data: bytes, at: int) -> Iterator[tuple[int | None, bytes]]:
-    """Yields each opcode from ``at`` on with the bytes of its argument, (None, b"") for one that is not expected."""
+    """Yields each opcode from ``at`` on with its text, (None, b"") for one that is not expected."""
     while at < len(data):
         opcode, at = data[at], at + 1
-        size = _WITH_NUMBER.get(opcode, 0)
+        size = 0
         if opcode in (_TEXT, _LONG_TEXT):
             width = 1 if opcode == _TEXT else 4
             size, at = int.from_bytes(data[at : at + width], "little"), at + width
-        elif opcode not in _PLAIN and not size:
+        elif opcode == _FIRST and data[at : at + 1] == b"\0":
+            at += 1
+        elif opcode not in _PLAIN:
             break
         if at + size > len(data):
             break
