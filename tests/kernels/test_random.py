@@ -8,7 +8,7 @@ from hashlib import blake2b
 import pytest
 import torch
 
-from streammerge.kernels.random import chosen, limits, uniform
+from streammerge.kernels.random import chosen, chosen_of_each, limits, uniform
 from streammerge.tensors.spec import GRAIN
 
 Tensor = torch.Tensor
@@ -90,3 +90,16 @@ def test_each_element_has_its_own_chance(dtype: torch.dtype) -> None:
     chances[30] = 1.0
     spare = torch.empty(count), torch.empty(count, dtype=torch.int32)
     assert torch.equal(chosen(0, "w", 0, GRAIN - 50, limits(chances), *spare), (numbers < chances).float())
+
+
+@pytest.mark.parametrize("n", [1, 7, 1000, GRAIN // 2])
+@pytest.mark.parametrize("chance", [0.0, 0.5, 0.3, 1.0, None])
+def test_tensors_one_after_the_other_have_the_numbers_of_each(n: int, chance: float | None) -> None:
+    """``None``: each element has a chance of its own."""
+    names = ["a", "b", "c", "d", "e"]
+    each = limits(torch.rand(len(names) * n, generator=torch.Generator().manual_seed(0)))
+    out, scratch = torch.empty(len(names) * n), torch.empty(len(names) * n, dtype=torch.int32)
+    made = chosen_of_each(3, names, 2, each if chance is None else chance, out, scratch).view(len(names), n)
+    for name, row, own in zip(names, made, each.view(len(names), n), strict=True):
+        alone = torch.empty(n), torch.empty(n, dtype=torch.int32)
+        assert torch.equal(row, chosen(3, name, 2, 0, own if chance is None else chance, *alone))

@@ -1,10 +1,10 @@
-"""Numbers within limits, to the last bit; ranks along a dimension; the planned memory of a search."""
+"""Numbers within limits, to the last bit; the largest numbers of rows; the planned memory of a search."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,11 +12,10 @@ from streammerge.kernels import ranking
 from streammerge.kernels.ranking import (
     Guess,
     affordable,
-    by_rank,
     count_above,
     held_bytes,
     inside,
-    row_ranks,
+    keep_rows,
     sample_elems,
 )
 
@@ -51,12 +50,6 @@ def test_limits_belong_to_what_lies_inside(low: float, high: float, size: int) -
         assert inside(with_nan, low, high, torch.empty(size))[2], place
 
 
-def test_ranks_of_rows_are_those_of_a_stable_sort() -> None:
-    values = torch.tensor([[3.0, 1.0, 3.0, 2.0], [0.0, 0.0, 0.0, -1.0]])
-    assert row_ranks(values, 1).tolist() == [[3, 0, 2, 1], [3, 2, 1, 0]]
-    assert torch.equal(row_ranks(values.t().contiguous(), 0), row_ranks(values, 1).t())
-
-
 def test_what_is_collected_stays_within_what_was_planned() -> None:
     """The planned bytes hold a sample, three histograms, and twice the numbers that a guess may collect."""
     for count in (1, 5000, 1 << 20, 1 << 28):
@@ -69,62 +62,42 @@ def test_what_is_collected_stays_within_what_was_planned() -> None:
     assert affordable([Guess(0.0, 1.0, 1.0, (2.0,))], 1 << 40), "of few frequent numbers nothing is collected"
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 70_001, 1), (64, 100, 1), (5, 7, 9), (2, 40, 3), (0, 4, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("not_finite", [False, True])
-def test_ranks_of_magnitudes_select_from_a_table(shape: tuple[int, ...], dtype: torch.dtype, not_finite: bool) -> None:
-    """The oracle is Python's stable sort. NaN of different bits are equal, and the largest."""
-    rows, n, _ = shape
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(n)).mul(3).round().to(dtype)  # many are equal
-    if n > 1 and rows and not_finite:
-        values[0, 0, 0], values[0, n // 2, 0] = math.nan, -math.inf
-        other = torch.tensor([-4_194_303], dtype=torch.int32).view(torch.float32)  # another NaN, with a sign
-        values[0, -1, 0] = other.to(dtype)[0]
-    check_ranks(values)
-
-
-@pytest.mark.parametrize("n", [2, 3, 100, 128, 129, 1500, 4096, 20_000])
-@pytest.mark.parametrize(
-    "kind", ["differences", "some with more bits", "many with more bits", "equal but for a bit", "infinite"]
-)
-def test_ranks_of_numbers_with_few_bits_and_with_many(n: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few numbers whose lower bits are in the way of the place are put in order by themselves."""
-    rows = 9
+@pytest.mark.parametrize("n", [2, 5, 700, 9000])
+@pytest.mark.parametrize("kind", ["many equal", "all different", "mostly zero"])
+def test_the_largest_numbers_of_each_row_are_kept(dtype: torch.dtype, n: int, kind: str) -> None:
+    """The oracle is Python's stable sort. Dropped numbers are zero without a sign."""
     make = torch.Generator().manual_seed(n)
-    values = torch.randint(-40, 40, (rows, n, 1), generator=make).float() / 64
-    if kind == "some with more bits":
-        values[::4, : max(n // 50, 1)] += 1e-7
-    elif kind == "many with more bits":
-        values = torch.randn(rows, n, 1, generator=make)
-    elif kind == "equal but for a bit":  # numbers with more bits, of which keys of 32 bits have the same part
-        first = torch.tensor(0.7500001).view(torch.int32)
-        values[3, 0], values[3, n - 1] = first.view(torch.float32), (first + 1).view(torch.float32)
-        values[5, 0], values[5, n - 1] = (first + 1).view(torch.float32), first.view(torch.float32)
-    elif kind == "infinite":
-        values[1, n // 2], values[2, 0], values[2, n - 1] = math.inf, -math.inf, math.inf
-    short = list[bool]()
-    plain = ranking._sorted_short
-
-    def seen(*arguments: Any) -> bool:
-        short.append(plain(*arguments))
-        return short[-1]
-
-    monkeypatch.setattr(ranking, "_sorted_short", seen)
-    check_ranks(values, rows)
-    if n >= 100:
-        assert set(short) == {kind != "many with more bits"}
-    check_ranks(torch.cat([values, values.flip(0)], 2), rows)
+    values = torch.randn(6, n, generator=make, dtype=dtype)
+    if kind != "all different":
+        values = values.mul(3 if kind == "many equal" else 0.4).round()  # also -0
+    ranks = [(n // 2, 0), (n, 0), (0, 0), (n, n // 3), (n - 1, n // 2), (1, 0)]
+    made = values.clone()
+    assert keep_rows(made, ranks, torch.empty(n, dtype=dtype), torch.empty(n, dtype=dtype))
+    for row, found, (most, without) in zip(values.tolist(), made.tolist(), ranks, strict=True):
+        order = sorted(range(n), key=lambda i: (-abs(row[i]), i))
+        kept = set(order[without:most])
+        wanted = [number if i in kept else 0.0 for i, number in enumerate(row)]
+        assert found == wanted
+        dropped = [math.copysign(1, found[i]) for i in range(n) if i not in kept and row[i]]
+        assert dropped == [1.0] * len(dropped)
 
 
-def check_ranks(values: torch.Tensor, most: int = 3) -> None:
-    rows, n, rest = values.shape
-    table = torch.randperm(n, generator=torch.Generator().manual_seed(1)).int()
-    keys, order = (torch.empty(values.numel(), dtype=torch.int64) for _ in range(2))
-    made = by_rank(values, table, torch.empty(values.shape, dtype=torch.int32), keys, order)
-    for row in range(min(rows, most)):
-        for at in range(rest):
-            fibre = [math.inf if v != v else min(abs(v), 1e308) for v in values[row, :, at].tolist()]
-            ranked = sorted(range(n), key=lambda i: (fibre[i], -i))
-            expected = torch.empty(n, dtype=torch.int32)
-            expected[torch.tensor(ranked)] = table.flip(0)  # the first is that of the largest
-            assert torch.equal(made[row, :, at], expected)
+def test_a_search_that_meets_nan_says_so() -> None:
+    for rank in (1, 3, 4):
+        values = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0], [1.0, -math.nan, 3.0, 4.0, 5.0]])
+        assert keep_rows(values[:1].clone(), [(rank, 0)], torch.empty(5), torch.empty(5))
+        assert not keep_rows(values, [(rank, 0)] * 2, torch.empty(5), torch.empty(5))
+    values = torch.tensor([[1.0, math.nan]])
+    assert keep_rows(values, [(0, 0)], torch.empty(2), torch.empty(2)), "nothing is searched"
+    assert values[0, 0] == 0
+    assert math.isnan(values[0, 1]), "NaN stays, so that the result says it"
+
+
+def test_the_place_of_a_true_value_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranking, "_LISTED", 4)
+    for step in (1, 2, 7):
+        flags = np.zeros(103, bool)
+        flags[step // 2 :: step] = True
+        places = [ranking._place_of(flags, count) for count in range(1, int(flags.sum()) + 1)]
+        assert places == [*range(step // 2, 103, step)]

@@ -3,7 +3,8 @@
 Each module imports only modules above it::
 
     random       counter-based random numbers
-    ranking      cuts, sort keys, ranks in rows: arithmetic on tensors in memory
+    ranking      cuts and sort keys: arithmetic on tensors in memory
+    row_ranking  ranks of numbers within rows
     agreed       infinities and NaN that all inputs have
     chunk        the numbers of every model at some elements
     reductions   sums over a group, in one pass

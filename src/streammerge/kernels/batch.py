@@ -10,8 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from streammerge.kernels.chunk import SCRATCH, Chunk, Slot
-from streammerge.kernels.ranking import Cut, select
+from streammerge.kernels.chunk import OPERAND, SCRATCH, Chunk, Slot
+from streammerge.kernels.ranking import Cut, keep_rows, select_rows
 from streammerge.tensors.spec import GRAIN
 
 if TYPE_CHECKING:
@@ -56,7 +56,9 @@ class Batch(NamedTuple):
         """Returns the sum of each tensor's numbers, as :meth:`TensorGroup.reduce` does."""
         import torch
 
-        return [row.sum(0, dtype=torch.float64).item() for row in self.rows(values).unbind()]
+        wide = values if values.dtype == torch.float64 else self.chunk.empty(SCRATCH, torch.float64).copy_(values)
+        sums: list[float] = self.rows(wide).sum(1).tolist()
+        return sums
 
     def grams(self, deltas: bool = False) -> list[list[list[float]]] | None:
         """Returns the matrix of inner products of each tensor, as :meth:`TensorGroup.gram` does. None if any number in them
@@ -71,27 +73,30 @@ class Batch(NamedTuple):
     def cuts(self, values: torch.Tensor, ranks: Sequence[Sequence[int]], signed: bool = False) -> list[list[Cut]] | None:
         """Returns the cuts of each tensor's numbers, as :meth:`TensorGroup.kth_largest` does. ``ranks``: those of each
         tensor. None if any number is NaN."""
-        made, scratch = [], self.chunk.empty(SCRATCH)[: self.elems]
-        for row, of in zip(self.rows(values).unbind(), ranks, strict=True):
-            wanted = [rank for rank in sorted(set(of)) if 0 < rank < self.elems + signed]
-            found, nan = select(row, wanted, signed, scratch) if wanted else ([], False)
-            if nan:
-                return None
-            known = dict(zip(wanted, found, strict=True))
-            made.append([known.get(rank) or Cut(rank, everything=rank > 0) for rank in of])
-        return made
+        wanted = [[rank for rank in sorted(set(of)) if 0 < rank < self.elems + signed] for of in ranks]
+        if not any(wanted):
+            return [[Cut(rank, everything=rank > 0) for rank in of] for of in ranks]
+        found, nan = select_rows(self.rows(values), wanted, signed, self.chunk.empty(SCRATCH))
+        if nan:
+            return None
+        known = [{cut.rank: cut for cut in cuts} for cuts in found]
+        return [
+            [one.get(rank) or Cut(rank, everything=rank > 0) for rank in of] for one, of in zip(known, ranks, strict=True)
+        ]
+
+    def keep_largest(self, values: torch.Tensor, ranks: Sequence[tuple[int, int]]) -> bool:
+        """Keeps of each tensor so many numbers of the largest magnitudes, but not the first so many of these.
+
+        ``ranks`` has both numbers of each tensor. Sets the others to zero. Returns False if a search meets NaN; the numbers
+        are then of no use.
+        """
+        return keep_rows(self.rows(values), ranks, self.chunk.empty(OPERAND), self.chunk.empty(SCRATCH))
 
     def chosen(self, model: int, chance: float | torch.Tensor) -> torch.Tensor:
         """Returns 1 where the random number of an element is below the chance, else 0, as :meth:`TensorGroup.chosen`."""
         import torch
 
-        from streammerge.kernels.random import chosen
+        from streammerge.kernels.random import chosen_of_each
 
-        made, bits = self.chunk.empty(_CHOSEN, torch.float32), self.chunk.empty(_BITS, torch.int32)
-        limits: Sequence[float | torch.Tensor] = (
-            self.rows(chance).unbind() if isinstance(chance, torch.Tensor) else [chance] * len(self.names)
-        )
-        rows = zip(self.names, limits, self.rows(made).unbind(), self.rows(bits).unbind(), strict=True)
-        for name, limit, out, scratch in rows:
-            chosen(self.seed, name, model, 0, limit, out, scratch)
-        return made
+        out, scratch = self.chunk.empty(_CHOSEN, torch.float32), self.chunk.empty(_BITS, torch.int32)
+        return chosen_of_each(self.seed, self.names, model, chance, out, scratch)

@@ -97,7 +97,7 @@ class TensorGroup:
         A cut keeps the ``rank`` largest numbers; among equal numbers, those with the lowest element indices. ``values``
         are in the compute dtype, and non-negative unless ``signed`` (mostly magnitudes). Rank 0 keeps nothing; a rank
         of all elements or more keeps everything. With ``signed`` only the thresholds are valid. For ranks within a row,
-        which is always held whole, use :func:`streammerge.kernels.ranking.row_ranks`.
+        which is always held whole, use :func:`streammerge.kernels.row_ranking.row_ranks`.
         """
         from streammerge.kernels import kth_largest
 

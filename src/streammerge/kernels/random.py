@@ -13,10 +13,11 @@ within a grain has 16 bits. What is left is a third of the operations.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from streammerge.tensors.spec import GRAIN
+from streammerge.tensors.spec import GRAIN, ranges
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 _BITS = 24  # float32 holds 24 bits of [0, 1) evenly
 _SPARE = 32 - _BITS
+_HASHED_ELEMS = 1 << 17
+"""Numbers of several tensors that are hashed at once: as many as stay in a CPU's own cache."""
 
 
 def uniform(seed: int, name: str, model: int, start: int, out: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
@@ -64,22 +67,60 @@ def chosen(
     the same size.
     """
     import numpy as np
-    import torch
 
-    # u < c for u = (h >> 8) / 2^24 is h <= limit, so no number is made of the hash h.
-    each = chance.numpy().view(np.uint32) if isinstance(chance, torch.Tensor) else None
-    limit = 0 if each is not None else (math.ceil(float(np.float32(chance)) * (1 << _BITS)) << _SPARE) - 1
+    limit, each = _limit(chance)
     if limit < 0:
         return out.zero_()
-    # h ^= h >> 16 leaves the upper half of h, which is all that this limit needs.
-    mixes = each is not None or limit & 0xFFFF != 0xFFFF
     words, spare, floats = _words(out), _words(scratch), out.numpy()
     for a, b, first, keys in _grains(seed, name, model, start, len(words)):
-        _hash(first, keys, words[a:b], spare[a:b], mixes)
         flags = spare[a:b].view("?")[: b - a]
+        _hash(first, keys, words[a:b], spare[a:b], _mixes(limit))
         np.less_equal(words[a:b], _word(limit) if each is None else each[a:b], out=flags)
         floats[a:b] = flags
     return out
+
+
+def chosen_of_each(
+    seed: int,
+    names: Sequence[str],
+    model: int,
+    chance: float | torch.Tensor,
+    out: torch.Tensor,
+    scratch: torch.Tensor,
+) -> torch.Tensor:
+    """Does what :func:`chosen` does for whole tensors of equal size, up to a grain, which lie one after the other."""
+    import numpy as np
+
+    limit, each = _limit(chance)
+    if limit < 0:
+        return out.zero_()
+    words, spare = (_words(numbers).reshape(len(names), -1) for numbers in (out, scratch))
+    floats, n = out.numpy().reshape(words.shape), words.shape[1]
+    pairs = [_grains(seed, name, model, 0, n)[0][3] for name in names]
+    both = tuple(np.array(of, np.uint32).reshape(-1, 1) for of in zip(*pairs, strict=True))
+    for a, b in ranges(len(names), max(_HASHED_ELEMS // n, 1)):
+        flags = spare[a:b].reshape(-1).view("?")[: (b - a) * n].reshape(b - a, n)
+        _hash(0, (both[0][a:b], both[1][a:b]), words[a:b], spare[a:b], _mixes(limit))
+        np.less_equal(words[a:b], _word(limit) if each is None else each.reshape(words.shape)[a:b], out=flags)
+        floats[a:b] = flags
+    return out
+
+
+def _limit(chance: float | torch.Tensor) -> tuple[int, Words | None]:
+    """Returns the largest hash that is chosen, -1 if there is none, and that of each element if they differ."""
+    import numpy as np
+    import torch
+
+    # u < c for u = (h >> 8) / 2^24 is h <= limit, so no number is made of the hash h.
+    if isinstance(chance, torch.Tensor):
+        return 0, chance.numpy().view(np.uint32)
+    return (math.ceil(float(np.float32(chance)) * (1 << _BITS)) << _SPARE) - 1, None
+
+
+def _mixes(limit: int) -> bool:
+    """Whether a hash needs its last step for a comparison with this limit, or with others if it is 0. This step leaves the
+    upper half of a hash."""
+    return limit & 0xFFFF != 0xFFFF
 
 
 def _grains(seed: int, name: str, model: int, start: int, count: int) -> list[tuple[int, int, int, tuple[int, int]]]:
@@ -96,18 +137,18 @@ def _grains(seed: int, name: str, model: int, start: int, count: int) -> list[tu
     return made
 
 
-def _hash(first: int, keys: tuple[int, int], words: Words, spare: Words, last: bool = True) -> None:
+def _hash(first: int, keys: tuple[int, int] | tuple[Words, Words], words: Words, spare: Words, last: bool = True) -> None:
     """Fills ``words`` with the hashes of a grain's counters from ``first``. ``last``: whether to end with the last
-    ``x ^= x >> 16``, which changes the lower half of each word only."""
+    ``x ^= x >> 16``, which changes the lower half of each word only. Of several rows, each may have its own keys."""
     import numpy as np
 
     multiply, shift, xor = np.multiply, np.right_shift, np.bitwise_xor
     thirteen, one, two = _word(13), _word(0x85EBCA6B), _word(0xC2B2AE35)
-    xor(_counters()[first : first + len(words)], np.array(keys[0] ^ keys[0] >> 16, np.uint32), words)
+    xor(_counters()[first : first + words.shape[-1]], np.asarray(keys[0] ^ keys[0] >> 16, np.uint32), words)
     multiply(words, one, words)
     xor(words, shift(words, thirteen, spare), words)
     multiply(words, two, words)
-    xor(words, np.array(keys[1] ^ keys[1] >> 16, np.uint32), words)
+    xor(words, np.asarray(keys[1] ^ keys[1] >> 16, np.uint32), words)
     multiply(words, one, words)
     xor(words, shift(words, thirteen, spare), words)
     multiply(words, two, words)

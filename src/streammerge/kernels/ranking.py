@@ -13,13 +13,9 @@ numpy partitions and sorts with vector instructions (AVX-512, AVX2, NEON), which
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-from streammerge.tensors.spec import GRAIN, ranges
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,14 +33,10 @@ _SIGMAS = 3.5
 _FEW = 3
 _MOST_COLLECTED = 0.04
 _BLOCK = 8
-_SORTED_ELEMS = 1 << 15
-"""Numbers that are sorted at once, in whole rows: as many as stay in a CPU's own cache with their keys and places."""
-_LARGEST, _ANY_NAN = 0x7FFFFFFF, 0x7F800001
-"""Bits of float32: the largest of a number without a sign, and those of the first NaN."""
-_FEW_OF = 32
-"""Of so many numbers one may have bits that a short key lacks."""
-_LOW = int(sys.byteorder == "big")
-"""Which half of a 64-bit integer is the lower one."""
+_INFINITE = {4: 0x7F800000, 8: 0x7FF0000000000000}
+"""Bits of infinity, by the bytes of a number. Larger ones are NaN."""
+_LISTED = 1 << 12
+"""Truth values whose places are listed at once."""
 
 
 def sample_elems(count: int) -> int:
@@ -99,31 +91,122 @@ def select(values: torch.Tensor, ranks: Sequence[int], signed: bool, scratch: to
     NaN counts as the largest number. ``scratch`` has the dtype and the size of the values. ``signed``: see
     :meth:`TensorGroup.kth_largest`.
     """
+    (cuts,), nan = select_rows(values.view(1, -1), [ranks], signed, scratch)
+    return cuts, nan
+
+
+def select_rows(
+    values: torch.Tensor, ranks: Sequence[Sequence[int]], signed: bool, scratch: torch.Tensor
+) -> tuple[list[list[Cut]], bool]:
+    """Does what :func:`select` does for each row. ``ranks`` are those of each row, ``scratch`` has the size of all rows."""
     import numpy as np
 
-    numbers, n = values.numpy(), len(values)
-    ordered = scratch.copy_(values).numpy()
+    numbers, n = values.numpy(), values.shape[1]
+    ordered = scratch.view(values.shape).copy_(values).numpy()
+    size = ordered.itemsize
     # Partitions the bits as integers if no number is negative: that takes half the time.
-    keys = ordered if signed else ordered.view(np.int64 if ordered.itemsize == 8 else np.int32)
-    if not signed and keys.min() < 0:  # -0, or NaN with a sign
-        keys = ordered
-    done = 0
-    for rank in sorted(set(ranks), reverse=True):  # one place after the other: numpy is slow at several places at once
+    plain = not signed and ordered.view(f"u{size}").max() <= _INFINITE[size]  # else there is NaN, or -0
+    if plain:
+        numbers, ordered = numbers.view(f"i{size}"), ordered.view(f"i{size}")
+    flags, cuts = np.empty(n, bool), []
+    for row, keys, wanted in zip(numbers, ordered, ranks, strict=True):
+        _partition(keys, sorted(set(wanted), reverse=True))
+        cuts.append([_cut(row, keys[n - rank :], signed, flags) for rank in wanted])
+    return cuts, not plain and bool(np.isnan(values.numpy().max()))
+
+
+def _partition(keys: _Bits, ranks: Sequence[int]) -> None:
+    """Puts the number of each rank into its place, all larger ones behind it. The ranks fall."""
+    done, n = 0, len(keys)
+    for rank in ranks:  # one place after the other: numpy is slow at several at once
         keys[done:].partition(n - rank - done)
         done = n - rank + 1
-    cuts = []
-    for rank in ranks:
-        largest = ordered[n - rank :]
-        threshold = largest[0]
-        if signed or threshold != threshold:
-            cuts.append(Cut(rank, float(threshold), n))
-            continue
-        stop = n
-        if (ordered[: n - rank] == threshold).any():
-            kept = int(np.count_nonzero(largest == threshold))
-            stop = int(np.flatnonzero(numbers == threshold)[kept - 1]) + 1
-        cuts.append(Cut(rank, float(threshold), stop))
-    return cuts, bool(np.isnan(ordered[done - 1 :].max()))
+
+
+def _cut(numbers: _Bits, largest: _Bits, signed: bool, flags: _Bits) -> Cut:
+    """Returns the cut of the ``largest`` numbers. See :func:`_split`."""
+    threshold = largest[:1].view(f"f{largest.itemsize}").item()
+    if signed or threshold != threshold:
+        return Cut(len(largest), threshold, len(numbers))
+    return Cut(len(largest), threshold, _split(numbers, largest, flags))
+
+
+def _split(numbers: _Bits, largest: _Bits, flags: _Bits) -> int:
+    """Returns the place before which the first of the ``largest`` numbers belongs to them; equal ones behind it do not.
+
+    All may be the bits of magnitudes. ``flags``: room for a truth value of each number.
+    """
+    import numpy as np
+
+    key = largest[:1]
+    kept = int(np.count_nonzero(np.equal(largest, key, out=flags[: len(largest)])))
+    np.equal(numbers, key, out=flags)
+    return len(numbers) if np.count_nonzero(flags) == kept else _place_of(flags, kept) + 1
+
+
+def keep_rows(values: torch.Tensor, ranks: Sequence[tuple[int, int]], room: torch.Tensor, scratch: torch.Tensor) -> bool:
+    """Keeps in each row so many numbers of the largest magnitudes, but not the first so many of these. Sets the others to
+    zero, in place.
+
+    ``ranks`` has both numbers of each row. Among equal magnitudes, the first count as the larger. ``room`` and ``scratch``
+    have the values' dtype, and at least the length of a row. Returns False as soon as a search meets NaN; the numbers are
+    then of no use.
+    """
+    import numpy as np
+    import torch
+
+    n, bits = values.shape[1], f"i{values.itemsize}"
+    magnitudes, keys = room[:n].numpy().view(bits), scratch[:n].numpy().view(bits)
+    flags, unsigned = np.empty(n, bool), np.array(np.iinfo(bits).max, bits)
+    for row, out, (most, without) in zip(values.numpy().view(bits), values.unbind(), ranks, strict=True):
+        # Row by row, since a row stays in the CPU's caches.
+        searched = [rank for rank in (most, without) if 0 < rank < n]
+        if searched:
+            np.copyto(keys, np.bitwise_and(row, unsigned, out=magnitudes))
+            _partition(keys, searched)
+            if keys[n - searched[-1] :].max() > _INFINITE[values.itemsize]:
+                return False
+        if 0 < most < n:
+            largest = keys[n - most :]
+            _shrink(out, largest[:1], _split(magnitudes, largest, flags))
+        elif not most:
+            torch.hardshrink(out, math.inf, out=out)  # leaves NaN
+        if without:
+            largest = keys[n - without :]
+            stop = _split(magnitudes, largest, flags)
+            np.greater_equal(magnitudes[:stop], largest[:1], out=flags[:stop])
+            np.greater(magnitudes[stop:], largest[:1], out=flags[stop:])
+            row[flags.nonzero()[0]] = 0
+    return True
+
+
+def _shrink(values: torch.Tensor, key: _Bits, stop: int) -> None:
+    """Sets numbers of smaller magnitudes than one with these bits to zero, and equal ones from ``stop`` on."""
+    import torch
+
+    kind = f"f{key.itemsize}"
+    threshold = key.view(kind).item()
+    if threshold:  # hardshrink keeps numbers above a limit: the next smaller number as limit keeps equal ones too
+        first = values if stop == len(values) else values[:stop]
+        torch.hardshrink(first, (key - 1).view(kind).item(), out=first)
+    if stop < len(values):
+        rest = values[stop:]
+        torch.hardshrink(rest, threshold, out=rest)
+
+
+def _place_of(flags: _Bits, count: int) -> int:
+    """Returns the place of the ``count``-th true value, which is there. Counting is several times as fast as listing."""
+    import numpy as np
+
+    start, stop = 0, len(flags)
+    while stop - start > _LISTED:
+        middle = (start + stop) // 2
+        before = np.count_nonzero(flags[start:middle])
+        if before < count:
+            start, count = middle, count - before
+        else:
+            stop = middle
+    return start + int(flags[start:stop].nonzero()[0][count - 1])
 
 
 def count_above(values: torch.Tensor, limit: float, scratch: torch.Tensor) -> int:
@@ -281,130 +364,3 @@ def _just_below(value: float, dtype: torch.dtype) -> float:
 
     kind = np.float64 if dtype.itemsize == 8 else np.float32
     return float(np.nextafter(kind(value), kind(-math.inf)))
-
-
-def row_ranks(values: torch.Tensor, dim: int) -> torch.Tensor:
-    """Returns the rank of each number along ``dim``, 0 for the smallest. Among equal numbers the first ranks higher."""
-    import torch
-
-    if values.dtype == torch.float32 and not bool((values < 0).any()):
-        fibres = values.contiguous().view(math.prod(values.shape[:dim]), values.shape[dim], -1)
-        keys, order = (torch.empty(values.numel(), dtype=torch.int64) for _ in range(2))
-        table, out = torch.arange(values.shape[dim]).flip(0), torch.empty(fibres.shape, dtype=torch.int64)
-        by_rank(fibres, table, out, keys, order)
-        return out.view(values.shape)
-    order = values.argsort(dim=dim, descending=True, stable=True)
-    count = values.shape[dim]
-    places = torch.arange(count - 1, -1, -1).view([count if d == dim else 1 for d in range(values.dim())])
-    return torch.empty_like(order).scatter_(dim, order, places.expand_as(order))
-
-
-def by_rank(
-    values: torch.Tensor, table: torch.Tensor, out: torch.Tensor, keys: torch.Tensor, order: torch.Tensor
-) -> torch.Tensor:
-    """Fills ``out`` with the number from ``table`` that the rank of each value's magnitude selects.
-
-    ``values`` (float32 or float64) and ``out`` have the shape (rows, n, rest); ranks are along n, as of :func:`row_ranks`.
-    ``table`` has n numbers, that of the largest magnitude first. ``keys`` and ``order`` are int64 of the values' size.
-    """
-    import numpy as np
-    import torch
-
-    rows, n, rest = values.shape
-    if values.dtype != torch.float32:
-        return out.copy_(table[n - 1 - row_ranks(values.abs(), 1)])
-    bits, spare, made = values.numpy().view(np.int32), order.numpy().view(np.int32), keys.numpy()
-    falling = table.expand(1, rest, n)
-    rising = table.flip(0).expand(1, rest, n)
-    for start, stop in ranges(rows, max(_SORTED_ELEMS // max(n * rest, 1), 1)):
-        block = bits[start:stop].swapaxes(1, 2)
-        if _sorted_short(block, made, spare):
-            _scatter(out[start:stop], rising, keys)
-        else:
-            _sorted_long(block, made, spare)
-            _scatter(out[start:stop], falling, keys)
-    return out
-
-
-def _scatter(out: torch.Tensor, ranked: torch.Tensor, places: torch.Tensor) -> None:
-    """Puts the numbers of ranks at the places of the elements that have these ranks."""
-    target = out.transpose(1, 2)
-    target.scatter_(2, places[: out.numel()].view(target.shape), ranked.expand_as(target))
-
-
-def _sorted_short(bits: _Bits, places: _Bits, spare: _Bits) -> bool:
-    """Fills ``places`` with the places of all numbers of the rows, the smallest magnitude first, by keys of 32 bits, which
-    are sorted in half the time of long ones or less. Returns whether that is possible."""
-    import numpy as np
-
-    # A key is the upper bits of a magnitude, a bit that says whether any lower bit is set, and the place from the end. In
-    # differences of 16-bit numbers lower bits are seldom set. If two numbers with such bits have the same upper bits, all
-    # of these few are put in order among themselves.
-    count, n = bits.size, bits.shape[-1]
-    width = (n - 1).bit_length()
-    low = 1 << width
-    if not 1 < n <= GRAIN:
-        return False
-    made, lower = (spare[a : a + count].reshape(bits.shape) for a in (0, count))
-    np.bitwise_and(bits, np.int32(2 * low - 1), out=lower)
-    few = np.flatnonzero(np.not_equal(lower, np.int32(0)))
-    if len(few) > count // _FEW_OF:
-        return False
-    np.bitwise_and(bits, np.int32(_LARGEST & -2 * low), out=made)
-    row = few // n
-    upper = np.sort(row << 32 | made.reshape(-1)[few])
-    made.reshape(-1)[few] |= np.int32(low)
-    np.bitwise_or(made, _places_from_the_end(n), out=made)
-    made.sort(axis=-1)
-    if (made[..., -1] >= (_ANY_NAN - 1 | low)).any():
-        return False
-    if (upper[1:] == upper[:-1]).any():
-        there = np.flatnonzero(np.not_equal(np.bitwise_and(made, np.int32(low), out=lower), np.int32(0)))
-        magnitude = np.bitwise_and(bits.reshape(-1)[few], np.int32(_LARGEST)).astype(np.int64)
-        among = np.sort(row << 31 + width | magnitude << width | n - 1 - few % n)
-        made.reshape(-1)[there] = among & low - 1
-    np.bitwise_and(made, np.int32(low - 1), out=made)
-    np.subtract(np.int32(n - 1), made, out=places[:count].reshape(bits.shape))
-    return True
-
-
-def _sorted_long(bits: _Bits, places: _Bits, spare: _Bits) -> None:
-    """Fills ``places`` with the places of any numbers, the largest magnitude first."""
-    import numpy as np
-
-    # A key is a magnitude, from the largest to the smallest, with the place below it. Sorting the keys as integers keeps
-    # the order of equal numbers, and numpy does it 80 times as fast as torch sorts floats with their places.
-    made = places[: bits.size].reshape(bits.shape)
-    halves = made.view(np.int32).reshape(*bits.shape, 2)
-    low, high = halves[..., _LOW], halves[..., 1 - _LOW]
-    small = spare[: bits.size].reshape(bits.shape)
-    np.bitwise_or(bits, np.int32(-(1 << 31)), out=small)
-    np.invert(small, out=high)
-    low[...] = _places(bits.shape[-1])
-    made.sort(axis=-1)
-    if (high[..., 0] < _LARGEST - _ANY_NAN).any():  # the first of a row is the largest: NaN of all kinds are equal
-        np.maximum(high, np.int32(_LARGEST - _ANY_NAN), out=high)
-        made.sort(axis=-1)
-    np.bitwise_and(made, 0xFFFFFFFF, out=made)
-
-
-def _places(n: int) -> np.ndarray[Any, Any]:
-    """Returns the places of a row of ``n`` numbers. Those of short rows are made once."""
-    import numpy as np
-
-    return _short_places()[:n] if n <= GRAIN else np.arange(n, dtype=np.int32)
-
-
-@lru_cache(maxsize=8)
-def _places_from_the_end(n: int) -> np.ndarray[Any, Any]:
-    """Returns the places of a row of ``n`` numbers, up to a grain, counted from its end."""
-    import numpy as np
-
-    return np.arange(n - 1, -1, -1, dtype=np.int32)
-
-
-@lru_cache(maxsize=1)
-def _short_places() -> np.ndarray[Any, Any]:
-    import numpy as np
-
-    return np.arange(GRAIN, dtype=np.int32)

@@ -54,7 +54,7 @@ def _in_batch(batch: Batch, values: Values) -> torch.Tensor | None:
     return _merged(chunk, models, epsilon, enlarge)
 
 
-@merge_method("ramplus_tl", models=(0, None), base="required", buffers=6, batch=_in_batch, check=_check_epsilon)
+@merge_method("ramplus_tl", models=(0, None), base="required", buffers=7, batch=_in_batch, check=_check_epsilon)
 def ramplus_tl(group: TensorGroup, *, r: float = 0.1, alpha: float = 0.2, epsilon: float = 1e-5) -> Kernel:
     r"""RAM that enlarges a model's unique changes, more if more of its changes are shared.
 

@@ -39,11 +39,9 @@ def _in_batch(batch: Batch, values: Values) -> torch.Tensor | None:
     if share < 1:
         variance = _variance(chunk, deltas, batch.models)
         varying = torch.gt(variance, 0, out=chunk.empty("varying"))
-        cuts = batch.cuts(variance, [[int(count * share)] for count in batch.sums(varying)])
-        if cuts is None:
+        ranks = [(int(count * share), 0) for count in batch.sums(varying)]
+        if not batch.keep_largest(variance, ranks):
             return None
-        for row, (cut,) in zip(batch.rows(variance).unbind(), cuts, strict=True):
-            cut.keep(row, 0)
         mask = torch.ne(variance, 0, out=variance)
     energies = []
     for delta in deltas:

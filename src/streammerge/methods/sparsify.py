@@ -14,7 +14,8 @@ from streammerge.errors import RecipeError
 from streammerge.kernels.chunk import Chunk
 from streammerge.kernels.group import TensorGroup
 from streammerge.kernels.random import limits
-from streammerge.kernels.ranking import Cut, by_rank
+from streammerge.kernels.ranking import Cut
+from streammerge.kernels.row_ranking import by_rank
 from streammerge.methods.contracts import Values
 from streammerge.tensors.spec import GRAIN
 
@@ -75,11 +76,11 @@ def _largest(n: int, density: float) -> int:
     return n if density >= 1 else max(int(density * n), 1) if density else 0
 
 
-def _without_outliers(n: int, density: float, gamma: float) -> list[int]:
+def _without_outliers(n: int, density: float, gamma: float) -> tuple[int, int]:
     """Returns how many of n elements are kept or dropped as outliers, and how many are outliers."""
     kept = int(density * n)
     outliers = min(int(gamma * n), n - kept)
-    return [n, 0] if density >= 1 else [outliers + kept, outliers]
+    return (n, 0) if density >= 1 else (outliers + kept, outliers)
 
 
 def _between(delta: torch.Tensor, upto: Cut, outliers: Cut, start: int, scratch: torch.Tensor) -> torch.Tensor:
@@ -203,11 +204,8 @@ def magnitude_in(density: Sequence[float]) -> Keep:
     """:func:`magnitude` of each tensor of a batch."""
 
     def keep(batch: Batch, model: int, delta: torch.Tensor, room: torch.Tensor) -> bool:
-        ranks = [[_largest(batch.elems, density[model])]] * len(batch.names)
-        cuts = batch.cuts(_absolute(delta, room), ranks)
-        for row, (cut,) in zip(batch.rows(delta).unbind(), cuts or (), strict=False):
-            cut.keep(row, 0)
-        return cuts is not None
+        ranks = [(_largest(batch.elems, density[model]), 0)] * len(batch.names)
+        return batch.keep_largest(delta, ranks)
 
     return keep
 
@@ -217,10 +215,7 @@ def magnitude_outliers_in(density: Sequence[float], gamma: Sequence[float]) -> K
 
     def keep(batch: Batch, model: int, delta: torch.Tensor, room: torch.Tensor) -> bool:
         ranks = [_without_outliers(batch.elems, density[model], gamma[model])] * len(batch.names)
-        cuts = batch.cuts(_absolute(delta, room), ranks)
-        for row, (upto, outliers) in zip(batch.rows(delta).unbind(), cuts or (), strict=False):
-            _between(row, upto, outliers, 0, room[: batch.elems])
-        return cuts is not None
+        return batch.keep_largest(delta, ranks)
 
     return keep
 

@@ -121,7 +121,7 @@ def winners(chunk: Chunk, deltas: list[torch.Tensor], weight: Sequence[float], n
     torch.add(deltas[0], deltas[1] if len(deltas) > 1 else 0, out=sign)
     for delta in deltas[2:]:
         sign.add_(delta)
-    torch.ge(sign, 0, out=sign).mul_(2).sub_(1)
+    _to_signs(sign)
     for number, (delta, w) in enumerate(zip(deltas, weight, strict=True)):
         delta.mul_(sign).clamp_(min=0)  # agreeing elements are positive now, all others zero
         if number:
@@ -130,7 +130,22 @@ def winners(chunk: Chunk, deltas: list[torch.Tensor], weight: Sequence[float], n
             torch.gt(delta, 0, out=agrees)
             divisor = divisor.add_(scaled(agrees, w)) if number else torch.mul(agrees, w, out=divisor)
     mixed = deltas[0].mul_(sign)
-    return mixed.div_(divisor.add_(torch.eq(divisor, 0, out=agrees))) if normalize else mixed
+    if not normalize:
+        return mixed
+    if min(weight) < 0:
+        return mixed.div_(divisor.add_(torch.eq(divisor, 0, out=agrees)))
+    return mixed.div_(divisor.clamp_(min=min([w for w in weight if w], default=1.0)))  # 0 / w is 0
+
+
+def _to_signs(values: torch.Tensor) -> None:
+    """Makes 1 of each number with the sign of plus, -1 of each other. A sum of numbers is -0 if all are -0: no sign of such
+    an element agrees with anything."""
+    import numpy as np
+
+    size = values.itemsize
+    bits = values.numpy().view(f"i{size}")
+    np.bitwise_and(bits, np.array(-1 << 8 * size - 1, bits.dtype), out=bits)
+    np.bitwise_or(bits, np.array(1, f"f{size}").view(bits.dtype), out=bits)
 
 
 def _prune(group: TensorGroup, sparsify: Sparsify, density: Sequence[float], rescale: bool) -> Sparsify:
