@@ -224,8 +224,8 @@ class Diff(Measured):
                 facts.append(("largest", f"{_number(top.largest)}, in {printable(top.name)}"))
             facts.append(("elements", f"{_percent(self.share)} of {self.elems:,} differ"))
         if self.nonfinite:
-            found = f"{counted(self.nonfinite, 'element')} {inflected(self.nonfinite, 'is', 'are')} NaN or infinite"
-            facts.append(("finite", f"{found}; norms and cosines are without {inflected(self.nonfinite, 'it', 'them')}"))
+            which = f"{counted(self.nonfinite, 'element')} {inflected(self.nonfinite, 'is', 'are')} NaN or infinite"
+            facts.append(("finite", f"{which}; norms and cosines are without {inflected(self.nonfinite, 'it', 'them')}"))
         facts += [("only in A", shown(bundled(self.only_a), _SHOWN_NAMES))] * bool(self.only_a)
         facts += [("only in B", shown(bundled(self.only_b), _SHOWN_NAMES))] * bool(self.only_b)
         shapes = [
