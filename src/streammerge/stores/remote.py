@@ -50,6 +50,10 @@ class Passing(Exception):
         self.wait_seconds, self.advice = wait_seconds, advice or "look at the network, and run it again"
 
 
+class Unresolved(Passing):
+    """Raised where the system does not know the address of a host, as on a machine without a network."""
+
+
 class Entries(NamedTuple):
     """What is directly in a folder: its files with their status, and its folders. Both are empty if there is no folder."""
 
