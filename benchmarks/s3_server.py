@@ -1,4 +1,5 @@
-"""A fast S3 server on this machine, for benchmarks: objects are files, ranges go out by ``sendfile``.
+"""A fast S3 server on this machine, for benchmarks: objects are files, ranges go out by ``sendfile``, and parts go to their
+places in one file, so that to complete an upload copies no more than its last part.
 
 ``python -m benchmarks.s3_server FOLDER PORT``. It knows what streammerge and obstore ask for, checks no signatures, and
 makes no digests: the tag of an object is a number.
@@ -19,17 +20,24 @@ from pathlib import Path
 from xml.sax.saxutils import escape, unescape
 
 _BLOCK_BYTES = 1 << 20
+_WHOLE = "whole"
 _numbers = itertools.count(1)
 
 
 class Server:
-    """One folder as all buckets: the object ``bucket/key`` is the file ``bucket/key``, its parts are in ``.parts``."""
+    """One folder as all buckets: the object ``bucket/key`` is the file ``bucket/key``, its parts are in ``.parts``.
+
+    Parts as long as the first that came lie in the file ``whole`` there; each other one is a file of its own.
+    """
 
     def __init__(self, folder: Path, port: int = 0) -> None:
         self.folder, self.parts = folder, folder / ".parts"
         self.parts.mkdir(parents=True, exist_ok=True)
         self._uploads: dict[str, str] = {}
         self._tags: dict[str, str] = {}
+        self._parts: dict[str, dict[int, tuple[str, int, int]]] = {}
+        """Of each upload: the file of each part, its place there and its bytes."""
+        self._each: dict[str, int] = {}
         self._listening = socket.create_server(("127.0.0.1", port), backlog=256)
         self.address = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
 
@@ -74,12 +82,18 @@ class Server:
         return True
 
     def _put(self, connection: socket.socket, key: str, query: dict[str, str], early: bytes, length: int) -> None:
-        target = self.folder / key
+        target, offset = self.folder / key, 0
         if "partNumber" in query:
-            target = self.parts / query["uploadId"] / f"{int(query['partNumber']):05d}"
+            number, upload = int(query["partNumber"]), query["uploadId"]
+            each = self._each.setdefault(upload, length)
+            name, offset = (_WHOLE, (number - 1) * each) if length == each else (f"{number:05d}", 0)
+            self._parts[upload][number] = name, offset, length
+            target = self.parts / upload / name
         target.parent.mkdir(parents=True, exist_ok=True)
         buffer = memoryview(bytearray(_BLOCK_BYTES))
-        with target.open("wb") as file:
+        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | (0 if target.name == _WHOLE else os.O_TRUNC), 0o644)
+        with open(descriptor, "wb", buffering=0) as file:
+            file.seek(offset)
             file.write(early)
             left = length - len(early)
             while left:
@@ -101,26 +115,37 @@ class Server:
             return
         if "uploads" in query:
             made = f"u{next(_numbers)}"
-            self._uploads[made] = key
+            self._uploads[made], self._parts[made] = key, {}
             (self.parts / made).mkdir()
             _answer(connection, 200, f"<R><UploadId>{made}</UploadId></R>")
             return
         folder, target = self.parts / query["uploadId"], self.folder / key
         target.parent.mkdir(parents=True, exist_ok=True)
-        names = sorted(folder.iterdir())
-        names[0].replace(target)
-        with target.open("r+b") as file:
-            file.seek(0, os.SEEK_END)
-            for name in names[1:]:
-                with name.open("rb") as part:
-                    shutil.copyfileobj(part, file, _BLOCK_BYTES)
-                name.unlink()
+        self._join(folder, self._parts[query["uploadId"]]).replace(target)
         self._forget(query["uploadId"])
         self._tags[str(target)] = tag = f'"n{next(_numbers)}"'
         _answer(connection, 200, f"<R><ETag>{escape(tag)}</ETag></R>")
 
+    def _join(self, folder: Path, parts: dict[int, tuple[str, int, int]]) -> Path:
+        """Joins the parts of an upload in one file, and returns it."""
+        end, whole = 0, folder / _WHOLE
+        rows = [parts[number] for number in sorted(parts)]
+        if any(name != _WHOLE for name, _, _ in rows[:-1]):  # the last part, which is shorter, came first
+            whole = folder / "joined"
+        with open(os.open(whole, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
+            for name, offset, nbytes in rows:
+                if (folder / name, offset) != (whole, end):
+                    file.seek(end)
+                    with (folder / name).open("rb") as part:
+                        part.seek(offset)
+                        file.write(part.read(nbytes))
+                end += nbytes
+        return whole
+
     def _forget(self, upload: str) -> None:
         self._uploads.pop(upload, None)
+        self._parts.pop(upload, None)
+        self._each.pop(upload, None)
         shutil.rmtree(self.parts / upload, ignore_errors=True)
 
     def _delete(self, connection: socket.socket, key: str, query: dict[str, str], headers: dict[str, str]) -> None:

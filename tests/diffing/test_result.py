@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import streammerge as sm
 
@@ -77,3 +79,21 @@ def test_json_holds_numbers_that_json_has() -> None:
     assert data["tensors"][1]["nonfinite"] == 2
     assert "tensors" not in diff.to_json(tensors=False)
     assert "agreement" in sm.diff(BASE, BASE, BASE).to_json()
+
+
+def test_what_has_no_distance_has_dashes(tmp_path: Path) -> None:
+    a = {"whole": torch.tensor([1, 2]), "other": torch.ones(3), "w": torch.tensor([1.0, torch.nan])}
+    save_file(a, tmp_path / "a.safetensors")
+    save_file(a | {"whole": torch.tensor([1, 3]), "other": torch.ones(2, 2)}, tmp_path / "b.safetensors")
+    found = sm.diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    rows = {line.split()[-1]: line.split()[:-1] for line in str(found).splitlines() if line.split()[-1:] != []}
+    assert rows["whole"] == ["-", "-", "-", "50.0%"]
+    assert rows["other"] == ["-", "-", "-", "-"]
+    assert "1 element is NaN or infinite; norms and cosines are without it" in str(found)
+    assert "<td" in found._repr_html_()
+
+
+def test_a_cosine_that_rounds_to_zero_has_no_sign() -> None:
+    from streammerge.diffing.result import _cosine
+
+    assert [_cosine(value, 2) for value in (-0.001, 0.001, -0.01, None)] == ["0.00", "0.00", "-0.01", "-"]

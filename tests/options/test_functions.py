@@ -108,7 +108,6 @@ def test_sentences_of_the_library_name_options_that_exist() -> None:
                 named = re.findall(r"(?<!`)`([a-z_]+)(?:=[^`]*)?`(?!`)", node.value)
                 assert set(named) <= known, f"{path}:{node.lineno}: {node.value}"
                 found |= set(named)
-                assert "cli" in path.parts or not re.search(r"(?<![\w-])(--[a-z]|-[po] )", node.value), (
-                    f"{path}: {node.value}"
-                )
+                own = node.value.replace("--revision", "")  # of the hub's command, which a sentence shows as it is typed
+                assert "cli" in path.parts or not re.search(r"(?<![\w-])(--[a-z]|-[po] )", own), f"{path}: {node.value}"
     assert {"overwrite", "on_missing", "keep_optimizer"} <= found

@@ -9,6 +9,7 @@ import pytest
 import streammerge as sm
 from streammerge.planning import budget
 from streammerge.planning.budget import Load
+from streammerge.stores.ahead import BLOCKS_OF_STREAM, LEAST_BLOCK_BYTES
 from streammerge.tensors.spec import GRAIN
 from streammerge.units import PAGE_BYTES
 
@@ -45,6 +46,19 @@ class TestBudget:
         budget.fit(least, workers=4, cost=self.cost, load=Load(tensors=5))
         with pytest.raises(sm.BudgetError):
             budget.fit(least - (1 << 20), workers=4, cost=self.cost, load=Load(tensors=5))
+
+    def test_blocks_of_remote_files_are_as_many_as_are_read_side_by_side(self) -> None:
+        assert budget.LEAST_STREAM_BYTES == 2 * BLOCKS_OF_STREAM * LEAST_BLOCK_BYTES
+        for memory, workers, models in itertools.product((128, 256, 512, 4096), (1, 2, 16, 64), (2, 3, 8, 50)):
+            made = budget.fit(memory << 20, workers, self.cost._replace(spread_bytes=0), Load(streams=models))
+            assert made.peak_bytes <= memory << 20
+            assert made.ahead_bytes >= made.workers * models * budget.LEAST_STREAM_BYTES
+            assert made.streams == models
+            inputs = made.opened({}, processes=made.workers)
+            assert inputs.ahead_bytes * made.workers <= made.ahead_bytes
+            assert (inputs._streams, made.opened({})._streams) == (models, made.workers * models)
+        with pytest.raises(sm.BudgetError, match="needs at least"):
+            budget.fit(128 << 20, 1, self.cost, Load(streams=80))
 
     def test_mapped_windows_shrink_before_chunks(self) -> None:
         cost = budget.Cost(compute=8, buffers=2, out=2, read=0, inputs=8, mapped=2)

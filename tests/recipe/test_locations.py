@@ -145,3 +145,13 @@ def test_an_absent_model_is_reported_at_its_key(
     ((path, said),) = problems
     assert path == ("models", 0, "model")
     assert words in said
+
+
+def test_a_folder_has_one_name_however_it_is_spelled(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative, absolute and in an object store: the recipe is part of the output's bytes."""
+    monkeypatch.chdir(tmp_path)
+    for slash in ("", "/"):
+        relative = names(f"chat{slash}", f"code{slash}")
+        absolute = names(f"{tmp_path}/chat{slash}", f"{tmp_path}/code{slash}")
+        stored = names(f"s3://bucket/a/chat{slash}", f"s3://bucket/a/code{slash}")
+        assert [*relative.values()] == [*absolute.values()] == [*stored.values()] == [f"chat{slash}", f"code{slash}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 import time
@@ -111,4 +112,81 @@ def test_a_reader_that_waits_is_stopped() -> None:
     with pytest.raises(KeyboardInterrupt):
         read(ahead, file, 0, 1)
     assert time.monotonic() - began < 2
+    ahead.close()
+
+
+@pytest.mark.parametrize("workers", [1, 4, 16])
+@pytest.mark.parametrize("models", [3, 8])
+@pytest.mark.parametrize("announced", [True, False])
+def test_many_streams_side_by_side_fetch_each_block_once(workers: int, models: int, announced: bool) -> None:
+    """With too few blocks each read dropped one that another worker still needed, and 20 times the bytes were fetched."""
+    streams, piece = workers * models, 9 * BLOCK // 2
+    files = [File(2 * workers * piece) for _ in range(models)]
+    ahead, turns, wrong = Ahead(2 * 3 * streams * BLOCK, streams), iter(range(2 * workers)), list[int]()
+    lock = threading.Lock()
+
+    def work() -> None:
+        while True:
+            with lock:
+                turn = next(turns, None)
+                if turn is None:
+                    return
+                if announced:
+                    for file in files:
+                        ahead.announce(file, turn * piece, piece)
+            for at in range(turn * piece, (turn + 1) * piece, BLOCK // 4):
+                for file in files:
+                    if read(ahead, file, at, at + BLOCK // 4) != file.data[at : at + BLOCK // 4]:
+                        wrong.append(at)
+
+    threads = [threading.Thread(target=work) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert wrong == []
+    assert len(ahead._blocks) <= max(3 * streams, 16)
+    assert sum(len(file.fetched) for file in files) <= 1.2 * models * 2 * workers * 4.5
+    ahead.close()
+
+
+def test_what_is_due_first_is_fetched_first() -> None:
+    """The begins of two ranges that are read side by side come before their ends."""
+    first, second = File(BLOCK * 8), File(BLOCK * 8)
+    order, lock = list[tuple[int, int]](), threading.Lock()
+
+    def fetch(number: int, file: File, start: int, stop: int, buffers: object = None) -> memoryview:
+        with lock:
+            order.append((number, start // BLOCK))
+        return memoryview(file.data)[start:stop]
+
+    for number, file in enumerate((first, second)):
+        file.fetch = functools.partial(fetch, number, file)  # type: ignore[method-assign]
+    ahead = Ahead(2 * 2 * BLOCK, 2)
+    for file in (first, second):
+        ahead.announce(file, 0, file.size)
+    for at in range(0, first.size, BLOCK):
+        for file in (first, second):
+            assert read(ahead, file, at, at + BLOCK) == file.data[at : at + BLOCK]
+    places = {each: place for place, each in reversed([*enumerate(order)])}  # of a block that was fetched again, the first
+    assert len(places) == 16
+    assert len(order) <= 20
+    assert all(places[0, index] < places[0, index + 1] for index in range(7))
+    assert places[1, 0] < places[0, 7]
+    ahead.close()
+
+
+def test_the_blocks_that_another_stream_needs_last_are_dropped() -> None:
+    """A block that was announced and not read comes back in its turn."""
+    file, other = File(BLOCK * 4), File(BLOCK)
+    ahead = Ahead(2 * 4 * BLOCK)
+    ahead.announce(file, 0, file.size)
+    while len([block for block in ahead._blocks.values() if block.done]) < 4:
+        time.sleep(0.001)
+    assert read(ahead, file, 0, 10) == file.data[:10]
+    ahead.announce(other, 0, 1)
+    ahead._blocks[file.identity, 3].due = 1 << 40
+    assert read(ahead, other, 0, 1) == other.data[:1]
+    assert read(ahead, file, 10, file.size) == file.data[10:]
+    assert sorted(file.fetched) == [0, 1, 2, 3, 3]
     ahead.close()

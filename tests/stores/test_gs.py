@@ -8,9 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+import streammerge as sm
 from bucket_server import BucketServer, Google, bucket_server
 from stores import test_objects
+from streammerge.requests import plans
 from streammerge.stores.base import Location
 from streammerge.stores.gs import GoogleStorage
 from streammerge.stores.locations import parse
@@ -45,6 +49,16 @@ class TestGoogle(test_objects.TestInOrder):
     def home(self, server: BucketServer) -> Location:  # type: ignore[override]
         pytest.importorskip("obstore")
         return parse("gs://bucket/home")
+
+    def test_a_long_output_that_cannot_go_on_is_told(
+        self, home: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        save_file({"w": torch.ones(300)}, tmp_path / "a.safetensors")
+        told = "a run into gs:// that is interrupted begins anew"
+        assert told not in "".join(sm.plan([tmp_path / "a.safetensors"], f"{home}/out/").notes)
+        monkeypatch.setattr(plans, "_LONG_BYTES", 1000)
+        assert told in "".join(sm.plan([tmp_path / "a.safetensors"], f"{home}/out/").notes)
+        assert "interrupted" not in "".join(sm.plan([tmp_path / "a.safetensors"], tmp_path / "out").notes)
 
     def test_machines_share_a_plan(self, home: Location, tmp_path: Path) -> None:
         test_objects.make_by_two_machines(home, tmp_path / "plan")

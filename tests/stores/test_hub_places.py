@@ -43,3 +43,16 @@ def test_what_the_cache_does_not_hold_is_told(cache: Path, name: tuple[str, ...]
     assert not found.place
     assert isinstance(found.error, sm.StoreError)
     assert "the hub's cache does not hold it, while HF_HUB_OFFLINE is set" in str(found.error)
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_a_part_of_the_cache_is_told(index: bool, cache: Path) -> None:
+    """The client keeps what was asked for, as a configuration alone."""
+    folder = cache / "models--org--name" / "snapshots" / COMMIT
+    (folder / "config.json").write_text("{}")
+    if index:
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"w": "model-00001-of-00001.safetensors"}}')
+    with pytest.raises(
+        sm.FormatError, match=f"holds a part of org/name only: run `hf download org/name --revision {COMMIT}`"
+    ):
+        sm.inspect("org/name")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import threading
 import urllib.request
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pytest
+import torch
+from safetensors.torch import save
 
 import streammerge as sm
 from stores.suite import StoreSuite, content, noise
@@ -16,6 +20,7 @@ from streammerge.stores import multipart
 from streammerge.stores.base import Location
 from streammerge.stores.locations import parse
 from streammerge.stores.parts import PART_BYTES
+from streammerge.stores.remote import RangedInput
 
 
 class TestS3(StoreSuite):
@@ -109,3 +114,23 @@ class TestS3(StoreSuite):
         with pytest.raises(sm.ChangedError):
             source.read_into(memoryview(bytearray(3)), 0)
         assert content(home / "out") == {"": b"new"}
+
+
+def test_many_workers_and_models_fetch_each_byte_once(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched, lock, wholly = list[int](), threading.Lock(), RangedInput.fetch
+
+    def fetch(file: RangedInput, start: int, stop: int, buffers: Any = None) -> memoryview:
+        with lock:
+            fetched.append(stop - start)
+        return wholly(file, start, stop, buffers)
+
+    for number in range(4):
+        made = torch.Generator().manual_seed(number)
+        tensors = {f"{row}.weight": torch.randn(1024, 1024, generator=made) for row in range(6)}
+        put(parse(f"{s3}/{number}.safetensors"), save(tensors))
+    monkeypatch.setattr(RangedInput, "fetch", fetch)
+    inputs = [f"{s3}/{number}.safetensors" for number in range(4)]
+    result = sm.merge(inputs, f"{s3}/out.safetensors", workers=6, memory="256MiB")
+    assert result.plan.budget.workers == 6
+    total = 4 * 6 * 4 << 20
+    assert total <= sum(fetched) <= 1.2 * total

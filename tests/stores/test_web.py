@@ -177,3 +177,32 @@ def test_texts_lose_their_queries(text: str, wanted: str) -> None:
 def test_what_signs_is_not_what_is_meant() -> None:
     assert room._what("h/a?Signature=1&Expires=2&Key-Pair-Id=3&sv=1&X-Goog-Date=1&b=2&a=1") == room._what("h/a?a=1&b=2")
     assert room._what("h/a?sig=1") == ""
+
+
+@pytest.mark.parametrize(
+    ("page", "meant"),
+    [
+        ("huggingface.co/org/name", "hf://org/name"),
+        ("huggingface.co/org/name/", "hf://org/name"),
+        ("hf.co/org/name/tree/main", "hf://org/name@main"),
+        ("huggingface.co/org/name/tree/v1/sub/folder", "hf://org/name@v1/sub/folder"),
+        ("huggingface.co/org/name/blob/main/model.safetensors", "hf://org/name@main/model.safetensors"),
+        ("hub.example:80/org/name", "hf://org/name"),
+    ],
+)
+def test_a_page_of_the_hub_is_told(page: str, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.example:80")
+    with pytest.raises(sm.RecipeError, match=f"is a page of the hub; write {meant}$"):
+        parse(f"https://{page}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://huggingface.co/org/name/resolve/main/model.safetensors",
+        "https://huggingface.co/datasets/org/name/resolve/main/x.pth",
+        "https://example.org/org/name",
+    ],
+)
+def test_files_and_other_hosts_are_no_pages(text: str) -> None:
+    assert str(parse(text)) == text

@@ -160,7 +160,8 @@ class _Run:
 
     def make(self) -> None:
         """Compares all tensors. Raises ChangedError if an input changes meanwhile."""
-        comparison, inputs = self.comparison, InputFiles(self.comparison.identities)
+        comparison = self.comparison
+        inputs = comparison.budget.opened(comparison.identities)
         if not comparison.tasks:
             return
         with (

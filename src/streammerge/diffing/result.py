@@ -76,6 +76,11 @@ class LayerDiff(Measured):
         return not self.different
 
     @property
+    def comparable(self) -> bool:
+        """Whether any of its tensors could be compared. The shapes of all others differ."""
+        return self.equal or self.sums.elems > 0
+
+    @property
     def agreement(self) -> Agreement | None:
         """How the changes of the base agree. None without a base."""
         return self.agreement_of() if self.base else None
@@ -170,16 +175,7 @@ class Diff(Measured):
         from streammerge.notebook import table
 
         moved = self.moved[:_SHOWN_LAYERS]
-        rows = [
-            (
-                printable(each.name),
-                _number(each.relative),
-                _cosine(each.cosine),
-                _number(each.largest),
-                _percent(each.share),
-            )
-            for each in moved
-        ]
+        rows = [(printable(each.name), *_cells(each if each.comparable else None)) for each in moved]
         more = ""
         if len(moved) < len(self.layers):
             more = f"the {len(moved)} of {len(self.layers)} layers that moved most, the farthest first"
@@ -228,7 +224,8 @@ class Diff(Measured):
                 facts.append(("largest", f"{_number(top.largest)}, in {printable(top.name)}"))
             facts.append(("elements", f"{_percent(self.share)} of {self.elems:,} differ"))
         if self.nonfinite:
-            facts.append(("finite", f"{self.nonfinite:,} elements are NaN or infinite; norms and cosines are without them"))
+            which = f"{counted(self.nonfinite, 'element')} {inflected(self.nonfinite, 'is', 'are')} NaN or infinite"
+            facts.append(("finite", f"{which}; norms and cosines are without {inflected(self.nonfinite, 'it', 'them')}"))
         facts += [("only in A", shown(bundled(self.only_a), _SHOWN_NAMES))] * bool(self.only_a)
         facts += [("only in B", shown(bundled(self.only_b), _SHOWN_NAMES))] * bool(self.only_b)
         shapes = [
@@ -266,7 +263,7 @@ class Diff(Measured):
         elif not every and len(moved) < len(self.layers):
             which = f", {len(moved)} of them different"
         which += "" if every else ", the farthest first"
-        rows = [_row(each.name, each, each.agreement) for each in shown]
+        rows = [_row(each.name, each if each.comparable else None, each.agreement) for each in shown]
         these = inflected(len(self.layers), "layer or other module", "layers and other modules")
         return [f"{len(self.layers)} {these}{which}", *_table(rows)] if rows else []
 
@@ -347,9 +344,15 @@ def _tensor_json(each: TensorDiff) -> dict[str, Any]:
 def _row(name: str, each: Measured | None, agreement: Agreement | None) -> tuple[str, ...]:
     """Returns the cells of a table. ``each`` is None for what cannot be compared."""
     changes = _cosine(agreement.cosine, 2) if agreement is not None else ""
+    return (*_cells(each), changes, name)
+
+
+def _cells(each: Measured | None) -> tuple[str, str, str, str]:
+    """Returns distance, cosine, largest change and share of what differs; no change where only integers differ."""
     if each is None:
-        return ("-", "-", "-", "-", changes, name)
-    return (_number(each.relative), _cosine(each.cosine), _number(each.largest), _percent(each.share), changes, name)
+        return ("-", "-", "-", "-")
+    largest = "-" if each.relative is None and each.cosine is None else _number(each.largest)
+    return (_number(each.relative), _cosine(each.cosine), largest, _percent(each.share))
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:

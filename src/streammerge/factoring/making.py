@@ -339,7 +339,7 @@ class _Run:
         self.journal = Journal(staging.journal_file, parts, lambda: staging.temporaries, resume)
         self.notes: list[str] = []
         self._made, self._staging, self._workers, self._listener = made, staging, workers, listener
-        self._files = InputFiles(made.files, polite)
+        self._files = InputFiles(made.files, polite, streams=workers)
         self._layers: Sequence[Layer] = made.layers
         self._wholes: dict[str, dict[str, Source]] = {}
         self.reports: list[LayerReport] = []

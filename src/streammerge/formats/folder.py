@@ -226,14 +226,15 @@ def _read_own(folder: Location, read_file: ReadFile) -> Container:
         if not files and (distributed := deeper(folder, read_file)) is not None:
             return distributed
         if not files:
-            raise FormatError(f"{where} holds no checkpoint{_below(folder)}")
+            raise FormatError(f"{where} holds no checkpoint{_below(folder) or _cached_in_part(folder)}")
         if len(files) > 1:
             raise FormatError(f"{where} holds several checkpoints ({listed(files)}); give one of them")
         return read_file(folder / files[0])
     if not usable:
         first = (known or found)[0]
         named = f", named by {printable(first.form.index)}," if first.form.index else ""
-        raise FormatError(f"{where}: {listed(first.absent)}{named} is absent; the download is not complete")
+        advice = _cached_in_part(folder) or "; the download is not complete"
+        raise FormatError(f"{where}: {listed(first.absent)}{named} is absent{advice}")
     if not known:  # an index or a set of shards says more than the name of a file
         several = [each for each in usable if each.form.index] or [each for each in usable if len(each.form.files) > 1]
         usable = several or usable
@@ -326,6 +327,20 @@ def _below(folder: Location) -> str:
         f"; its subfolders {listed(found)} do, so give one of them"
         if several
         else f"; its subfolder {found[0]} does, so give that"
+    )
+
+
+def _cached_in_part(folder: Location) -> str:
+    """Returns a clause about a snapshot of the hub's cache that is not whole. It is read where the hub does not answer."""
+    from streammerge.stores.repositories import repository_of  # here, since nothing is wrong with most folders
+
+    repository = repository_of(folder)
+    if repository is None:
+        return ""
+    name, revision = printable(repository.name), printable(repository.revision)
+    return (
+        f"; the hub was not asked or did not answer, and its cache holds a part of {name} only: run "
+        f"`hf download {name} --revision {revision}`, or this once more when the hub can be asked"
     )
 
 

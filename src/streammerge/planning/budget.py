@@ -11,10 +11,12 @@ drift from what is allocated.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from streammerge.errors import BudgetError
+from streammerge.stores.base import Location, Status
+from streammerge.stores.inputs import InputFiles
 from streammerge.tensors.spec import GRAIN
 from streammerge.units import HUGE_PAGE_BYTES, PAGE_BYTES, binary_bytes
 
@@ -42,6 +44,9 @@ BEST_AHEAD_BYTES = 256 << 20
 """Blocks of remote inputs that are fetched ahead, those under way included, and as much again that the client's allocator
 holds. 1.1 times the blocks were measured."""
 _LEAST_AHEAD_BYTES = 8 << 20
+LEAST_STREAM_BYTES = 1536 << 10
+"""The least of these for each remote file that each worker reads at one time: three blocks of the least size. With less,
+each read drops a block that another worker still needs, and the same bytes are fetched many times."""
 BEST_TILE_BYTES = 8 << 20
 """Bytes that a reader of scattered elements reads ahead. A larger tile reads more at each place of the file it visits."""
 PER_PROCESS_BYTES = 12 << 20
@@ -111,7 +116,8 @@ class Budget(NamedTuple):
     """How a run uses its memory. Each of the ``workers`` computes chunks of ``chunk_elems`` elements, writes up to
     ``out_bytes`` at once, keeps ``window_bytes`` of each input mapped behind its cursor, and uses tiles of ``tile_bytes``.
     ``ahead_bytes``: blocks of remote inputs, of all workers together; 0 without such inputs. ``remembered_bytes``: what
-    each worker has for tensors that are read several times through merges.
+    each worker has for tensors that are read several times through merges. ``streams``: the most remote files that a worker
+    reads at one time.
     """
 
     workers: int
@@ -123,11 +129,17 @@ class Budget(NamedTuple):
     tile_bytes: int = 0
     ahead_bytes: int = 0
     remembered_bytes: int = 0
+    streams: int = 0
 
     @property
     def kept_bytes(self) -> int:
         """Bytes of all inputs together that a worker may keep."""
         return self.window_bytes * self.cost.inputs
+
+    def opened(self, expected: Mapping[Location, Status], polite: bool = False, processes: int = 1) -> InputFiles:
+        """Returns the inputs of a run, of one of so many processes that share the work."""
+        workers = -(-self.workers // processes)
+        return InputFiles(expected, polite, self.ahead_bytes // processes, workers * self.streams)
 
 
 def regions(budget: Budget) -> dict[str, tuple[int, int]]:
@@ -167,8 +179,8 @@ class Load(NamedTuple):
     ``tensors``: of all inputs together. ``tasks``: tensors of the output. ``columns`` and ``rows``: the same for tensors
     that are rows of tables. ``together``: the most of these in one file. ``pieces``: those of tensors that have several.
     ``pickle_bytes``: pickles while they are read and written. ``beside_bytes``: what each worker holds beside its buffers,
-    such as the blocks that a verification compares. ``spooling``: whether packed records are unpacked first. ``remote``:
-    whether inputs are fetched over a network.
+    such as the blocks that a verification compares. ``spooling``: whether packed records are unpacked first. ``streams``:
+    the most files that a worker reads at one time, if inputs are fetched over a network; else 0.
     """
 
     tensors: int = 0
@@ -180,14 +192,14 @@ class Load(NamedTuple):
     pickle_bytes: int = 0
     beside_bytes: int = 0
     spooling: bool = False
-    remote: bool = False
+    streams: int = 0
 
     @property
     def fixed_bytes(self) -> int:
         """Bytes that do not depend on workers and chunks."""
         listed = self.tensors * PER_TENSOR_BYTES + self.tasks * PER_TASK_BYTES + self.columns * PER_COLUMN_BYTES
         listed += self.rows * PER_ROW_BYTES + self.together * PER_CHECKED_BYTES + self.pieces * PER_PIECE_BYTES
-        return RUN_BYTES + listed + self.pickle_bytes + SPOOLING_BYTES * self.spooling + REMOTE_BYTES * self.remote
+        return RUN_BYTES + listed + self.pickle_bytes + SPOOLING_BYTES * self.spooling + REMOTE_BYTES * (self.streams > 0)
 
 
 class _Sizes(NamedTuple):
@@ -211,12 +223,13 @@ def _chunks(cost: Cost) -> Iterator[int]:
         yield chunk
 
 
-def _sizes(cost: Cost, load: Load, chunk: int, halvings: int, remembered_bytes: int) -> _Sizes:
+def _sizes(cost: Cost, load: Load, workers: int, chunk: int, halvings: int, remembered_bytes: int) -> _Sizes:
     """Returns what goes with a chunk after so many halvings. ``remembered_bytes``: the least for what is read again."""
     last, more = halvings == _MOST_HALVINGS, 2 if cost.passes else 1
     window = 0 if last else MOST_WINDOW_BYTES * more >> halvings
     tile = 0 if last or not cost.tiles else max(BEST_TILE_BYTES >> halvings, _LEAST_TILE_BYTES)
-    ahead = max(BEST_AHEAD_BYTES >> halvings, _LEAST_AHEAD_BYTES) if load.remote else 0
+    least_ahead = max(_LEAST_AHEAD_BYTES, workers * load.streams * LEAST_STREAM_BYTES)
+    ahead = max(BEST_AHEAD_BYTES >> halvings, least_ahead) if load.streams else 0
     passing = 0 if last else min(cost.passing * chunk + cost.lag, cost.remembered)
     return _Sizes(
         chunk, max(BEST_OUT_BYTES >> halvings, cost.out * chunk), window, tile, ahead, max(passing, remembered_bytes)
@@ -242,13 +255,13 @@ def fit(memory_bytes: int, workers: int, cost: Cost, load: Load, remembered_byte
     for count in range(max(min(workers, room // PER_WORKER_BYTES), 1), 0, -1):
         for chunk in _chunks(cost):
             for halvings in range(_MOST_HALVINGS + 1):
-                sizes = _sizes(cost, load, chunk, halvings, remembered_bytes)
+                sizes = _sizes(cost, load, count, chunk, halvings, remembered_bytes)
                 needed = _peak_bytes(cost, load, count, sizes)
                 if needed <= memory_bytes:
-                    own = (sizes.out, sizes.window, cost, needed, sizes.tile, sizes.ahead, sizes.remembered)
+                    own = (sizes.out, sizes.window, cost, needed, sizes.tile, sizes.ahead, sizes.remembered, load.streams)
                     return Budget(count, chunk, *own)
     *_, least_chunk = _chunks(cost)
-    least = _peak_bytes(cost, load, 1, _sizes(cost, load, least_chunk, _MOST_HALVINGS, 0))
+    least = _peak_bytes(cost, load, 1, _sizes(cost, load, 1, least_chunk, _MOST_HALVINGS, 0))
     rows = f" with rows of {cost.row} elements, which are held whole" if cost.row > GRAIN else ""
     raise BudgetError(
         f"{binary_bytes(memory_bytes)} of memory are too little for this run{rows}, "

@@ -45,8 +45,9 @@ def budget_of(
     if io == "mmap" and not _can_map(tasks, workers):
         io = "pread"
     listed = Load._make(map(sum, zip(_load(tasks), _load(planned), strict=True)))
-    remote = any(path.store.reads_ahead for path in _files_of(tasks)[0].values())
-    load = listed._replace(pickle_bytes=pickle_bytes, beside_bytes=beside_bytes, spooling=spooled, remote=remote)
+    files, most = _files_of(tasks)
+    streams = most if any(path.store.reads_ahead for path in files.values()) else 0
+    load = listed._replace(pickle_bytes=pickle_bytes, beside_bytes=beside_bytes, spooling=spooled, streams=streams)
     try:
         found = fit(memory_bytes, workers, _cost(tasks, io), load)
     except BudgetError:

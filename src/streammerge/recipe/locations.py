@@ -232,7 +232,10 @@ def travelling_names(recipe: Recipe) -> dict[str, str]:
     apart = len(set(local.values())) == len(set(places.values()))
     if local and (not apart or any(map(_leads_out, local.values()))):
         common = posixpath.commonpath([place.parent.key for place in places.values()])
-        local = {path: place.store.spelled(posixpath.relpath(place.key, common)) for path, place in places.items()}
+        local = {
+            path: place.store.spelled(posixpath.relpath(place.key, common)) + "/" * path.endswith("/")
+            for path, place in places.items()
+        }
     normal = {path: _normal(name) for path, name in local.items()}
     made = held | far | {path: f"./{name}" if name.startswith("~") else name for path, name in normal.items()}
     return made | {named: str(parts.moved([made[path] for path in parts.paths])) for named, parts in composed.items()}

@@ -33,9 +33,9 @@ def report_merge(result: Result, samples: Sequence[Sample], file: Location | Non
         facts = of_merge(result, samples)
         if keeps:
             statistics.write(facts, result.receipt_digest, result.out)
-        if file is not None:
-            complete(facts, result)
-            _write(facts, file)
+    if file is not None:
+        complete(facts, result)
+        _write(facts, file)
 
 
 def report_diff(diff: Diff, file: Location) -> None:
@@ -74,4 +74,6 @@ def report_output(
 def _write(facts: Facts, file: Location) -> None:
     from streammerge.reporting.page import page
 
-    file.write_whole(page(facts).encode("utf-8", "backslashreplace"), overwrite=True)
+    with collector_paused():  # matplotlib makes so many objects that torch's would be searched again and again
+        text = page(facts)
+    file.write_whole(text.encode("utf-8", "backslashreplace"), overwrite=True)

@@ -23,6 +23,9 @@ from streammerge.units import decimal_bytes, parse_bytes
 if TYPE_CHECKING:
     from streammerge.planning.stages import Opened
 
+_LONG_BYTES = 1 << 30
+"""An output of so many bytes is worth a word about interruptions."""
+
 
 def planned(
     recipe: Recipe,
@@ -58,6 +61,11 @@ def planned(
             hashed=hashed,
         )
     made.notes += told
+    if out is not None and not out.store.resumes and made.write_bytes >= _LONG_BYTES:
+        made.notes.append(
+            f"a run into {out.store.scheme}:// that is interrupted begins anew, since the store's client cannot go on with "
+            "an upload; runs into s3:// or onto a disk go on"
+        )
     choose_executor(made, executor)
     return made
 

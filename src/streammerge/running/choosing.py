@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from streammerge.errors import BudgetError, RecipeError, printable
-from streammerge.planning.budget import PER_PROCESS_BYTES, Budget
+from streammerge.planning.budget import PER_PROCESS_BYTES, REMOTE_BYTES, Budget
 from streammerge.planning.costs import budget_of
 from streammerge.planning.tasks import MergeTask, alike
 from streammerge.running.executors.base import Executors, processes_supported
@@ -135,7 +135,8 @@ def _use_processes_if_they_help(plan: Planned, most: int) -> None:
 
 
 def _budget_of_processes(plan: Planned) -> tuple[Budget, str]:
-    more = (plan.io, bool(plan.spooled), plan.pickle_bytes, PER_PROCESS_BYTES)
+    each = PER_PROCESS_BYTES + (REMOTE_BYTES if plan.budget.streams else 0)  # each process has a client of its own
+    more = (plan.io, bool(plan.spooled), plan.pickle_bytes, each)
     return budget_of(plan.tasks, plan.memory_bytes, plan.budget.workers, *more)
 
 

@@ -50,7 +50,8 @@ def run_all(
 
     A long tensor with passes that read merges, or are made below one, is one worker's (:attr:`MergeTask.of_one`).
     """
-    making = _Making(job, executor, tasks, wanted, inputs if job.budget.ahead_bytes else None, shared)
+    ahead = inputs if job.budget.ahead_bytes and not executor.elsewhere else None
+    making = _Making(job, executor, tasks, wanted, ahead, shared)
     of_one = where(tasks, lambda task: task.of_one)
     taken = set(of_one)
     long = [number for number in where(tasks, lambda task: task.spread) if number not in taken]

@@ -16,7 +16,7 @@ from streammerge.running.workspace import Workspace, prepare_torch
 from streammerge.stores import faults
 from streammerge.stores.base import Location, Output, Status
 from streammerge.stores.checksums import Checksum
-from streammerge.stores.inputs import LEAST_AHEAD_BYTES, InputFiles
+from streammerge.stores.inputs import InputFiles
 from streammerge.stores.spilled import SpillFile
 
 
@@ -118,9 +118,7 @@ class Bench:
     def __init__(self, job: Job) -> None:
         self.job = job
         inputs, outputs = _lent.get(job.key, (None, ()))
-        self._own_inputs = (
-            InputFiles(job.inputs, job.polite, job.budget.ahead_bytes or LEAST_AHEAD_BYTES) if inputs is None else None
-        )
+        self._own_inputs = job.budget.opened(job.inputs, job.polite, job.budget.workers) if inputs is None else None
         self.inputs: InputFiles = inputs or self._own_inputs  # type: ignore[assignment]
         self._outputs = {file.location: file for file in outputs}
         self._own_outputs: dict[Location, Output] = {}

@@ -30,7 +30,6 @@ from streammerge.running.reading import ChecksumWork, HashWork, largest_first, n
 from streammerge.stores.base import Location, Output, Staging
 from streammerge.stores.checksums import Checksum
 from streammerge.stores.digests import COPY_BYTES
-from streammerge.stores.inputs import LEAST_AHEAD_BYTES, InputFiles
 from streammerge.stores.journal import Finished, FinishedTable, Journal
 from streammerge.tensors.spec import ranges
 from streammerge.units import decimal_bytes
@@ -80,7 +79,7 @@ class Run:
         self._turned_measured: dict[int, bytes] = {}
         self.receipt_digest = ""
         self._done = FinishedPieces(plan.tasks, [file.name for file in plan.layout.files])
-        self._inputs = InputFiles(plan.identities, options.polite, plan.budget.ahead_bytes or LEAST_AHEAD_BYTES)
+        self._inputs = plan.budget.opened(plan.identities, options.polite)
         self._outputs: list[Output] = []
         self._kind: Checksum = plan.layout.receipt.kind
         self._polite, self._executors = options.polite, executor_of(plan, options.executor)

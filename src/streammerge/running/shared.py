@@ -31,7 +31,7 @@ from streammerge.sources.deflated import PackedRecord
 from streammerge.stores import claims, descriptors, faults
 from streammerge.stores.base import Joint, Location, Output
 from streammerge.stores.claims import Claims, Fence, LeaseLost
-from streammerge.stores.inputs import LEAST_AHEAD_BYTES, InputFiles
+from streammerge.stores.inputs import InputFiles
 from streammerge.stores.space import space_checked
 from streammerge.tensors.threads import one_torch_thread
 from streammerge.units import binary_bytes, decimal_bytes
@@ -137,7 +137,7 @@ class Share:
 
     @staticmethod
     def _opened_inputs(plan: Plan, options: SharedOptions) -> InputFiles:
-        return InputFiles(plan.identities, options.polite, plan.budget.ahead_bytes or LEAST_AHEAD_BYTES)
+        return plan.budget.opened(plan.identities, options.polite)
 
     def make(self) -> None:
         """Makes units until all wanted ones have receipts."""
@@ -214,15 +214,17 @@ class Share:
         job = self._job(keeping.claims.fence)
         with (
             lent(job, self.inputs, self.files),
-            closing(executor.run(MergeWork(job), self._ahead(batches(wanted(), job.budget.out_bytes)))) as results,
+            closing(
+                executor.run(MergeWork(job), self._ahead(executor, batches(wanted(), job.budget.out_bytes)))
+            ) as results,
         ):
             for several in results:
                 for done in several:
                     self._finished(done.piece(tasks), done, keeping)
 
-    def _ahead(self, units: Iterator[list[Piece]]) -> Iterator[list[Piece]]:
+    def _ahead(self, executor: Executor, units: Iterator[list[Piece]]) -> Iterator[list[Piece]]:
         """Lets remote inputs be fetched before they are read."""
-        if not self.plan.budget.ahead_bytes:
+        if not self.plan.budget.ahead_bytes or executor.elsewhere:
             return units
         from streammerge.running.announcing import announced  # here, because most inputs are local
 

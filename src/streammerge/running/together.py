@@ -342,7 +342,7 @@ class Together:
         modules = modules_of([*self.tasks, *self._methods()], kind, any(each.torch_needed for each in self.plans))
         places = tuple(OutputPlace(file.location, file.size) for file in files)
         read_bytes, gauge = 0, process.Gauge()
-        with closing(InputFiles(identities, polite)) as inputs, _spooled(self, runs, inputs, tell) as tasks:
+        with closing(budget.opened(identities, polite)) as inputs, _spooled(self, runs, inputs, tell) as tasks:
             job = Job(new_key(), budget, identities, polite, io == "mmap", kind, places, modules)
             units = self._units(tasks, runs, firsts, out_bytes)
             used = executor_of(plan, executor)(budget.workers)

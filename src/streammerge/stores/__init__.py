@@ -28,6 +28,7 @@ Each module imports only modules above it::
     tags         entity tags that are digests
     remote       the common part of stores behind a network
     profiles     the profiles of the AWS command line
+    refusals     what stores say when they refuse
     signing      signatures of S3 requests, credentials
     multipart    uploads to S3 in parts
     direct       ranges of S3 objects without TLS

@@ -531,6 +531,7 @@ class Store(ABC):
     other bytes, so that workers have to be threads. ``always_absolute``: whether a name means the same on every machine and
     in every folder; False if names hold paths of this machine. ``reads_ahead``: whether inputs are fetched before they are
     read (:meth:`Store.opened_ahead`). ``sends_parts``: whether the files of outputs are sent in parts, by one process.
+    ``resumes``: whether an interrupted output goes on where it was.
     ``keeps_history``: whether what an output replaces is still there, so that nothing is lost. ``private``: whether names
     tell of the user's own places, such as buckets. A receipt then names inputs by their paths below a common folder, as it
     does for local files. ``modules``: what workers import for its inputs. A store pickles by its class, so its constructor
@@ -542,6 +543,7 @@ class Store(ABC):
     one_process: ClassVar[bool] = False
     reads_ahead: ClassVar[bool] = False
     sends_parts: ClassVar[bool] = False
+    resumes: ClassVar[bool] = True
     keeps_history: ClassVar[bool] = False
     always_absolute: ClassVar[bool] = True
     private: ClassVar[bool] = False

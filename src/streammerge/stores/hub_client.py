@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from streammerge.errors import RecipeError, StoreError, printable
-from streammerge.stores.remote import Passing
+from streammerge.stores.remote import Passing, Unresolved
 from streammerge.stores.repositories import MAIN, Repository, is_offline
 from streammerge.version import __version__
 
@@ -110,4 +111,12 @@ def failures(repository: Repository, writes: bool = False) -> Iterator[None]:
         with failures(repository, writes):
             raise error.__cause__ from None
     except transport as error:
-        raise Passing(printable(str(error) or type(error).__name__)) from error
+        said = printable(str(error) or type(error).__name__)
+        raise (Unresolved if _is_unresolved(error) else Passing)(said) from error
+
+
+def _is_unresolved(error: BaseException | None) -> bool:
+    """Whether the cause of an error is that the name of the host is not known."""
+    while error is not None and not isinstance(error, socket.gaierror):
+        error = error.__cause__ or error.__context__
+    return error is not None

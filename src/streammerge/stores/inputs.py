@@ -42,13 +42,15 @@ class InputFiles:
     that somebody holds stays open.
 
     ``expected``: the status of the files when they were planned. ``polite``: released pages leave the page cache too.
-    ``ahead_bytes``: memory for blocks of remote files, which is used only if there are such files.
+    ``ahead_bytes``: memory for blocks of remote files, which is used only if there are such files; 0 for a little.
+    ``streams``: how many files are read side by side.
     """
 
     def __init__(
-        self, expected: Mapping[Location, Status], polite: bool = False, ahead_bytes: int = LEAST_AHEAD_BYTES
+        self, expected: Mapping[Location, Status], polite: bool = False, ahead_bytes: int = 0, streams: int = 1
     ) -> None:
-        self._expected, self._polite, self.ahead_bytes = expected, polite, ahead_bytes
+        self._expected, self._polite, self._streams = expected, polite, streams
+        self.ahead_bytes = ahead_bytes or LEAST_AHEAD_BYTES
         self._ahead: Ahead | None = None
         self._halt: Callable[[], object] = _never
         self._files: OrderedDict[Location, Input] = OrderedDict()
@@ -72,7 +74,7 @@ class InputFiles:
         if self._ahead is None and location.store.reads_ahead:
             from streammerge.stores.ahead import Ahead  # here, since local files do without
 
-            self._ahead = Ahead(self.ahead_bytes)
+            self._ahead = Ahead(self.ahead_bytes, self._streams)
             self._ahead.halt = self._halt
         return self._ahead
 

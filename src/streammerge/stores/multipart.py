@@ -24,16 +24,15 @@ from typing import Any, NoReturn
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
-from streammerge.errors import RecipeError, StoreError, printable
+from streammerge.errors import StoreError, printable
 from streammerge.stores.base import Location
 from streammerge.stores.checksums import CRC32C
-from streammerge.stores.profiles import endpoint
+from streammerge.stores.profiles import checked_endpoint, endpoint
+from streammerge.stores.refusals import PASSING_CODES, PASSING_STATUS, of_answer
 from streammerge.stores.remote import Passing, persistently
 from streammerge.stores.signing import Credentials, credentials, region, signed
 
 TIMEOUT_SECONDS = 60.0
-_PASSING_STATUS = (408, 429, 500, 502, 503, 504)
-_PASSING_CODES = ("RequestTimeout", "SlowDown", "InternalError", "BadDigest", "OperationAborted", "RequestTimeTooSkewed")
 _BLOCK_BYTES = 1 << 20
 _MD5 = re.compile("[0-9a-f]{32}")
 
@@ -82,12 +81,10 @@ class Requests:
     """Requests about the objects of one bucket. Safe for threads: each has its own connection."""
 
     def __init__(self, bucket: str) -> None:
-        address = endpoint() or f"https://s3.{region()}.amazonaws.com"
+        address = checked_endpoint() if endpoint() else f"https://s3.{region()}.amazonaws.com"
         parsed = urllib.parse.urlsplit(address)
-        if parsed.scheme not in ("http", "https") or not parsed.hostname:
-            raise RecipeError(f"AWS_ENDPOINT_URL is {printable(address)}; write an address like https://host:port")
         self.secure = parsed.scheme == "https"
-        self._host, self._port = parsed.hostname, parsed.port
+        self._host, self._port = parsed.hostname or "", parsed.port
         self._named = parsed.netloc.rpartition("@")[2]
         self._root = f"{parsed.path}/{bucket}"
         self.bucket = bucket
@@ -183,12 +180,10 @@ class Requests:
 
     def refuse(self, answer: Answer, what: str) -> NoReturn:
         """Raises the error of an answer that is none: Passing, or Refused."""
-        code, said = _error(answer.body)
-        if answer.status in _PASSING_STATUS or code in _PASSING_CODES:
-            raise Passing(f"{answer.status} {code}")
-        raise Refused(
-            f"{what} was refused: {answer.status} {printable(code)} {printable(said)}".strip(), answer.status, code
-        )
+        said = of_answer(answer.status, answer.body.decode("utf-8", "replace"))
+        if answer.status in PASSING_STATUS or said.code in PASSING_CODES:
+            raise Passing(f"{answer.status} {said._replace(advice='')}".strip(), advice=said.advice)
+        raise Refused(f"{what} was refused: {answer.status} {said}".strip(), answer.status, said.code)
 
     def _connection(self) -> http.client.HTTPConnection:
         kept: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
@@ -321,16 +316,6 @@ def _rows(tree: ElementTree.Element, name: str) -> Iterator[dict[str, str]]:
     for each in tree.iter():
         if _plain(each.tag) == name:
             yield {_plain(field.tag): field.text or "" for field in each}
-
-
-def _error(body: bytes) -> tuple[str, str]:
-    """Returns the code and the sentence of an error."""
-    try:
-        tree = ElementTree.fromstring(body)
-    except ElementTree.ParseError:
-        return "", ""
-    said = {_plain(each.tag): each.text or "" for each in tree.iter()}
-    return said.get("Code", ""), said.get("Message", "")
 
 
 def requests_of(location: Location) -> tuple[Requests, str]:

@@ -22,6 +22,7 @@ from streammerge.errors import ChangedError, RecipeError, StoreError, printable
 from streammerge.stores.base import Joint, Location, Staging, Status
 from streammerge.stores.buffers import Buffers
 from streammerge.stores.parts import PART_BYTES, SENDERS, Part, Upload, buffer_bytes
+from streammerge.stores.refusals import PASSING_CODES, of_error
 from streammerge.stores.remembering import forget
 from streammerge.stores.remote import Entries, Passing, RemoteStore, persistently
 from streammerge.stores.space import exists_already
@@ -32,6 +33,8 @@ CONNECT_SECONDS, READ_SECONDS, REQUEST_SECONDS = 10.0, 20.0, 180.0
 CLIENT_TRIES, _CLIENT_SECONDS = 3, 60
 """How often the client itself repeats a request, and for how long. We repeat it after that, and when a body is wrong."""
 _ROOT = "."
+_readable: set[tuple[object, ...]] = set()
+"""Folders in which a file was found, with the settings by which it was."""
 
 
 class ObjectStore(RemoteStore):
@@ -93,14 +96,18 @@ class ObjectStore(RemoteStore):
                 }
                 try:
                     found = self._clients[key] = self.made_client(root, module, common)
+                except RecipeError:
+                    raise
                 except Exception as error:  # the client raises errors of many kinds for settings that it cannot use
-                    named = printable(root.partition("?")[0])
-                    raise StoreError(f"{self.scheme}://{named} cannot be used: {_first_line(error)}") from error
+                    named, said = printable(root.partition("?")[0]), of_error(self.scheme, str(error))
+                    text = said if said.lasting else _first_line(error)
+                    raise StoreError(f"{self.scheme}://{named} cannot be used: {text}") from error
             return found
 
-    def refused(self, location: Location, said: str) -> StoreError:
-        """Returns the error of a request that the credentials do not allow. ``said``: by the client."""
-        return StoreError(f"{printable(location)} may not be used with these credentials: {said}")
+    def refused(self, location: Location, said: str, wordless: bool = False) -> StoreError:
+        """Returns the error of a request that the credentials do not allow. ``said``: why, unless it is ``wordless``."""
+        kind = Wordless if wordless else Denied
+        return kind(f"{printable(location)} may not be used with these credentials: {said}")
 
     def split(self, location: Location) -> tuple[Any, str]:
         """Returns the client of a location, and the name in its bucket, "" for the bucket itself."""
@@ -121,11 +128,32 @@ class ObjectStore(RemoteStore):
                     return self.status_of(location, obs.head(client, name))
             except FileNotFoundError:
                 return None
+            except Wordless:  # the answer to a HEAD request has no body that could say why
+                with failures(location):
+                    return self.status_of(location, obs.get(client, name, options={"range": (0, 1)}).meta)
 
-        return persistently(ask, f"looking at {printable(location)}")
+        try:
+            found = persistently(ask, f"looking at {printable(location)}")
+        except Denied:
+            if self._beside_readable(location):
+                return None
+            raise
+        if found is not None:
+            _readable.add((location.parent.key, *self.settings().items()))
+        return found
+
+    def _beside_readable(self, location: Location) -> bool:
+        """Whether a file of the same folder may be read. Where nothing may be listed, S3 denies what is absent there."""
+        return (location.parent.key, *self.settings().items()) in _readable
 
     def is_folder(self, location: Location) -> bool:
-        return super().is_folder(location) or ("/" not in location.key and self._bucket_is_there(location))
+        """Where files may be read and not listed, what is a file is no folder."""
+        try:
+            return super().is_folder(location) or ("/" not in location.key and self._bucket_is_there(location))
+        except Denied:
+            if "/" in location.key and (self.is_file(location) or self._beside_readable(location)):
+                return False
+            raise
 
     def _bucket_is_there(self, location: Location) -> bool:
         try:
@@ -172,6 +200,7 @@ class ObjectStore(RemoteStore):
     # ------------------------------------------------------------------------------------------------------------- writing
 
     sends_parts = True
+    resumes = False
 
     def put(self, location: Location, data: bytes, only: str | None = None) -> str:
         """See :class:`streammerge.stores.staged.Objects`."""
@@ -283,7 +312,9 @@ class ObjectStore(RemoteStore):
 
     def check_writable(self, location: Location, overwrite: bool) -> None:
         if "/" not in location.key:
-            raise RecipeError(f"{printable(location)} is not a name for an output; write {printable(location)}/name")
+            raise RecipeError(
+                f"{printable(location)} is not a name for an output; write {self.scheme}://{printable(location.key)}/name"
+            )
         if not overwrite and self.exists(location) and not half_published(self, location):
             raise exists_already(location)
 
@@ -348,18 +379,27 @@ def failures(location: Location, changes: bool = True) -> Iterator[None]:
         if not changes:
             raise
         raise changed_meanwhile(location) from error
-    except (known.PermissionDeniedError, known.UnauthenticatedError) as error:
-        store: Any = location.store
-        raise store.refused(location, _first_line(error)) from _told(error)
     except known.BaseError as error:
-        said = _first_line(error)
-        if any(word in str(error) for word in _LASTING):
-            raise StoreError(f"{printable(location)} cannot be used: {said}") from _told(error)
-        raise Passing(said) from _told(error)
+        store: Any = location.store
+        said = of_error(store.scheme, str(error))
+        known_words = said.code or said.advice
+        text = str(said) if known_words else _first_line(error)
+        denied = isinstance(error, known.PermissionDeniedError | known.UnauthenticatedError) or said.status in (401, 403)
+        if denied and said.code not in PASSING_CODES:
+            raise store.refused(location, text, said.wordless) from _told(error)
+        if said.lasting:
+            kind = Wordless if said.wordless else StoreError
+            raise kind(f"{printable(location)} cannot be used: {text}") from _told(error)
+        text = str(said._replace(advice="")) if known_words else text
+        raise Passing(text, advice=said.advice) from _told(error)
 
 
-_LASTING = ("NoSuchBucket", "NotPartial", "InvalidBucketName", "169.254.169.254", "PermanentRedirect", "NotSupported")
-"""Words in errors of the client that come again each time."""
+class Denied(StoreError):
+    """Raised where the credentials do not allow a request."""
+
+
+class Wordless(Denied):
+    """Raised for a refusal without a reason. Another request for the same may tell it."""
 
 
 _QUERY = re.compile(r"(https?://[^\s?\"']*)\?[^\s\"')]*")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import configparser
 import functools
 import os
+import urllib.parse
 from pathlib import Path
+
+from streammerge.errors import RecipeError, printable
 
 
 def profile() -> dict[str, str]:
@@ -35,6 +38,25 @@ def _section(path: Path, section: str, version: tuple[int, ...]) -> dict[str, st
         return dict(parser.items(section)) if parser.has_section(section) else {}
     except (OSError, configparser.Error, UnicodeDecodeError):
         return {}
+
+
+def chosen_profile() -> dict[str, str]:
+    """Returns :func:`profile`. Raises RecipeError if the user has named one that is in none of the files."""
+    found, name = profile(), os.environ.get("AWS_PROFILE") or ""
+    if name and not found:
+        raise RecipeError(
+            f"AWS_PROFILE is {printable(name)}, and the files of the AWS command line have no such profile; correct it"
+        )
+    return found
+
+
+def checked_endpoint() -> str:
+    """Returns :func:`endpoint`. Raises RecipeError if it is no address."""
+    address = endpoint()
+    parsed = urllib.parse.urlsplit(address)
+    if parsed.scheme not in ("http", "https") or not parsed.hostname:
+        raise RecipeError(f"AWS_ENDPOINT_URL is {printable(address)}; write an address like https://host:port")
+    return address
 
 
 def endpoint() -> str:

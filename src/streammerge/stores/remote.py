@@ -42,12 +42,16 @@ _FIRST_WAIT_SECONDS, _MOST_WAIT_SECONDS = 0.1, 5.0
 class Passing(Exception):
     """Raised for a failure that may pass: a busy server, a lost connection, a body that is too short.
 
-    ``wait_seconds``: how long the server asks to wait.
+    ``wait_seconds``: how long the server asks to wait. ``advice``: what to do if it does not pass.
     """
 
-    def __init__(self, said: object, wait_seconds: float = 0.0) -> None:
+    def __init__(self, said: object, wait_seconds: float = 0.0, advice: str = "") -> None:
         super().__init__(said)
-        self.wait_seconds = wait_seconds
+        self.wait_seconds, self.advice = wait_seconds, advice or "look at the network, and run it again"
+
+
+class Unresolved(Passing):
+    """Raised where the system does not know the address of a host, as on a machine without a network."""
 
 
 class Entries(NamedTuple):
@@ -67,9 +71,7 @@ def persistently(ask: Callable[[], T], what: str) -> T:
             return ask()
         except Passing as error:
             if attempt == TRIES - 1:
-                raise StoreError(
-                    f"{what} failed {TRIES} times ({printable(error)}); look at the network, and run it again"
-                ) from error
+                raise StoreError(f"{what} failed {TRIES} times ({printable(error)}); {error.advice}") from error
             wait = min(_FIRST_WAIT_SECONDS * 2**attempt, _MOST_WAIT_SECONDS)
             time.sleep(max(wait * random.uniform(0.5, 1.0), error.wait_seconds))
     raise AssertionError("unreachable")

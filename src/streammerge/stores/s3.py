@@ -13,7 +13,7 @@ from streammerge.stores.buffers import Buffers
 from streammerge.stores.multipart import Refused, Requests
 from streammerge.stores.objects import READ_SECONDS, ObjectStore, changed_meanwhile
 from streammerge.stores.parts import Part, Upload
-from streammerge.stores.profiles import endpoint, profile
+from streammerge.stores.profiles import checked_endpoint, chosen_profile, endpoint
 from streammerge.stores.remote import RangedInput
 from streammerge.stores.staged import ObjectStaging, whole_tag
 from streammerge.stores.tags import part_sizes
@@ -47,6 +47,7 @@ class S3(ObjectStore):
     """Amazon S3 and all that speak its protocol."""
 
     scheme = "s3"
+    resumes = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,9 +63,9 @@ class S3(ObjectStore):
     def made_client(self, root: str, module: Any, common: dict[str, Any]) -> Any:
         config: dict[str, Any] = {}
         if endpoint():
-            config["endpoint"] = endpoint()
+            config["endpoint"] = checked_endpoint()
         if not any(os.environ.get(name) for name in _OWN_CREDENTIALS):
-            ours = profile()
+            ours = chosen_profile()
             for key, names in _PROFILE_KEYS.items():
                 found = next((ours[name] for name in names if ours.get(name)), None)
                 if found:

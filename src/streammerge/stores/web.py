@@ -6,14 +6,17 @@ and its workers know it, and it stands in no name, message, plan or receipt.
 
 from __future__ import annotations
 
+import os
+import re
 import threading
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote
 
 from streammerge.errors import RecipeError, StoreError, printable
 from streammerge.stores.base import Joint, Location, Staging, Status
-from streammerge.stores.objects import ObjectStore, failures, imported
+from streammerge.stores.objects import ObjectStore, Wordless, failures, imported
 from streammerge.stores.remote import Entries, persistently
+from streammerge.stores.repositories import read_name
 
 _SIGNING = ("x-amz-", "x-goog-", "x-oss-", "x-cos-", "x-ms-")
 _SIGNING_NAMES = frozenset(
@@ -23,6 +26,16 @@ _SIGNING_NAMES = frozenset(
     )
 )
 """Parameters that say who may read, and not what is read. A new signature of the same address is the same file."""
+
+
+_PAGE = r"([^/]+/[^/]+)/?(?:(?:tree|blob)/([^/]+)(?:/(.*))?)?"
+"""The path of a page of the hub: a model, or a folder or file of one revision of it."""
+
+
+def _hubs() -> tuple[str, ...]:
+    """Returns the hosts of the hub's pages."""
+    own = os.environ.get("HF_ENDPOINT", "").partition("://")[2].rstrip("/")
+    return ("huggingface.co", "hf.co", "www.huggingface.co", *([own] if own else []))
 
 
 class Forbidden(StoreError):
@@ -60,10 +73,26 @@ class Web(ObjectStore):
 
     def parse(self, text: str) -> Location:
         address, mark, _ = text.partition("?")
+        _, at, host = self.without_scheme(address).partition("/")[0].rpartition("@")
+        if at:  # else it would stand in messages, plans and receipts
+            raise RecipeError(
+                f"{self.scheme}://{printable(host)}: an address with a name or password before the host is not read; "
+                "use a signed address, or download the file"
+            )
+        self._refuse_page(self.without_scheme(address))
         key = unquote(super().parse(address).key)
         if mark:
             self.remember(key, self.without_scheme(text))
         return WebLocation(self, key, address)
+
+    def _refuse_page(self, address: str) -> None:
+        """Raises RecipeError for a page of the hub, which people copy from the browser."""
+        host, _, path = address.partition("/")
+        found = re.fullmatch(_PAGE, path) if host in _hubs() else None
+        if found is not None and read_name(found[1]) is not None:
+            inner = found[3].rstrip("/") if found[3] else ""
+            name = found[1] + (f"@{found[2]}" if found[2] else "") + (f"/{inner}" if inner else "")
+            raise RecipeError(f"{self.scheme}://{printable(address)} is a page of the hub; write hf://{printable(name)}")
 
     def remember(self, key: str, address: str) -> None:
         """Keeps the address with a query by which a file is asked for. A newly signed one replaces it.
@@ -130,9 +159,10 @@ class Web(ObjectStore):
         what = _what(self.address(location))
         return found._replace(place=(*found.place, what)) if what else found
 
-    def refused(self, location: Location, said: str) -> StoreError:
+    def refused(self, location: Location, said: str, wordless: bool = False) -> StoreError:
         if not self.address(location) and not self._query_beside(location):
-            return super().refused(location, said)
+            kind = Wordless if wordless else StoreError
+            return kind(f"{printable(location)} is refused by the server; use a signed address, or download the file")
         return Forbidden(
             f"{printable(location)} is refused: its signed address is not valid, or no longer; get a new one, and run the "
             "same command with it"

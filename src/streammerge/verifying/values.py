@@ -112,7 +112,7 @@ def recompute(
     total = plan.read_bytes if every else sum(places.piece(firsts, row).read_bytes for row in chosen)
     listener(RunStarted(total, 0, plan.memory_bytes, len(plan.tasks)))
     began, wrong = time.perf_counter(), list[str]()
-    inputs = InputFiles(plan.identities)
+    inputs = plan.budget.opened(plan.identities)
     with closing(inputs), scratch() as create, faults.survived(), alone:
         for block in places.blocks(firsts, chosen):
             check = _Recomputation(plan, block, inputs, create, listener)

@@ -179,7 +179,7 @@ class _Contents:
             raise RecipeError(
                 f"{self.saved.home.where}: the optimizer holds the weights in float32 in buckets ({printable(name)}), from "
                 "which training would go on instead of from the merge; leave `keep_optimizer` out, or save the checkpoint "
-                "with Megatron's --dist-ckpt-optim-fully-reshardable"
+                "with Megatron's option dist-ckpt-optim-fully-reshardable"
             )
         weight = weight_of_master(name, entry, shapes)
         return None if weight is None or self.merged[weight].spec.dtype.kind != "float" else self.merged[weight]

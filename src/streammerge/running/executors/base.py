@@ -17,7 +17,7 @@ import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Hashable, Iterable
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 Unit_contra = TypeVar("Unit_contra", contravariant=True)
 Result_co = TypeVar("Result_co", covariant=True)
@@ -99,7 +99,10 @@ class Work(Protocol[Unit_contra, Result_co]):
 
 
 class Executor(ABC):
-    """Runs works on ``workers`` workers, one work at a time."""
+    """Runs works on ``workers`` workers, one work at a time. ``elsewhere``: whether they are in other processes, and so
+    open the inputs themselves."""
+
+    elsewhere: ClassVar[bool] = False
 
     def __init__(self, workers: int) -> None:
         self.workers = workers

@@ -49,6 +49,8 @@ _NOTHING = object()
 class ProcessExecutor(Executor):
     """``workers`` processes, started when the first work comes and kept until :meth:`close`."""
 
+    elsewhere = True
+
     def __init__(self, workers: int) -> None:
         super().__init__(workers)
         self._team: _Team | None = None
