@@ -239,7 +239,7 @@ def test_plan_inspect_and_verify_know_it() -> None:
     base_of(base_tensors(BF16))
     adapter_of(factors(Q, 24, 16), config={"r": 4, "lora_alpha": 6})
     planned = sm.plan(["base+lora", "base"])
-    assert [each for each in planned.notes if "1 of its 5 tensors are changed by the adapter lora (PEFT)" in each]
+    assert [each for each in planned.notes if "1 of its 5 tensors is changed by the adapter lora (PEFT)" in each]
     assert sm.inspect("base+lora")[f"{Q}.weight"].spec.shape == (24, 16)
     sm.convert("base+lora", "out/")
     assert sm.verify("out/", sample="100%").notes == []

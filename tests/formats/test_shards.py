@@ -29,7 +29,7 @@ def test_every_tensor_of_the_shards_is_read_in_the_order_of_the_files(tmp_path: 
     assert [*made.tree] == ["b", "old", "a"]
     assert made.form is not None
     assert (made.format, made.form.index) == ("sharded safetensors", index.name)
-    assert any("does not name 1 tensors" in note for note in made.notes)
+    assert any("does not name 1 tensor of its shards" in note for note in made.notes)
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a//b", "", "~x", "c:x", 3, None, "x" * 300])

@@ -47,7 +47,7 @@ def test_position_ids_of_two_dtypes(first: torch.dtype) -> None:
         saved(**{name: model(1) | {"text.position_ids": torch.arange(length)[None].to(dtype)}})
     made, result = merged("one", "two")
     assert torch.equal(made["text.position_ids"], torch.arange(77)[None].to(first))
-    assert any("text.position_ids) differ in shape or dtype; they are kept as the first" in note for note in result.notes)
+    assert any("text.position_ids) differs in shape or dtype; it is kept as the first" in note for note in result.notes)
 
 
 def test_dtypes_that_no_option_settles_name_what_does() -> None:
