@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -123,3 +124,36 @@ def test_places_close_together_are_one_request(store: Failing) -> None:
             stream.seek(at)
             assert stream.read(30) == store.files["a/x"][at : at + 30]
         assert store.asked == []
+
+
+@pytest.mark.parametrize(
+    "name", ["mistyped/model", "hf://org/model", "s3://bucket/model.pth", "https://host.invalid/a.pth"]
+)
+def test_without_a_network_a_mistyped_path_is_told_at_once(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """All tries together took 12 seconds for an object store, and 38 for the hub."""
+    pytest.importorskip("huggingface_hub" if "://" not in name or name.startswith("hf") else "obstore")
+    monkeypatch.setattr(remote, "_reached", threading.Event())
+    monkeypatch.setattr(remote.time, "sleep", pytest.fail)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    for variable in ("HF_ENDPOINT", "AWS_ENDPOINT_URL"):
+        monkeypatch.setenv(variable, "http://host.invalid")
+    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(variable, "x")
+    with pytest.raises(sm.StreammergeError, match=r" failed \(.*(not known|name resolution)\); look at the network, and run it again$"):
+        sm.inspect(name)
+
+
+def test_a_name_that_was_known_before_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = iter([1, 2])
+
+    def ask() -> str:
+        if next(failures, None):
+            raise remote.Unresolved("not known")
+        return "answer"
+
+    monkeypatch.setattr(remote, "_reached", threading.Event())
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    with pytest.raises(sm.StoreError, match=r"asking failed \(not known\)"):
+        remote.persistently(ask, "asking")
+    assert remote.persistently(lambda: 1, "asking") == 1
+    assert remote.persistently(ask, "asking") == "answer"

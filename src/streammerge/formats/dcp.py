@@ -76,7 +76,9 @@ class Entry:
 
 @dataclass
 class Metadata:
-    """What ``.metadata`` tells. ``items``: (name, offsets) of a piece, or (name, None) of an object -> where it lies.
+    """What ``.metadata`` tells. ``items``: (name, offsets) of a piece, or (name, None) of an object -> where it lies. It
+    has no slots, since it is referred to weakly.
+
     ``paths``: name -> the keys that lead to it in the state dict, where they are known."""
 
     tensors: dict[str, Entry] = field(default_factory=dict)

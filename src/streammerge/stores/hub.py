@@ -22,7 +22,7 @@ from streammerge.stores.hub_client import LIBRARY, NotThere, api, endpoint, fail
 from streammerge.stores.hub_output import CLIENT_BYTES, MADE_IN, HubStaging, is_beside, made_at
 from streammerge.stores.local import LOCAL
 from streammerge.stores.remembering import recalled
-from streammerge.stores.remote import Entries, Passing, RemoteStore, Unresolved, persistently
+from streammerge.stores.remote import Entries, Passing, RemoteStore, persistently
 from streammerge.stores.repositories import MAIN, SCHEME, Repository, hub_home, named_repository, read_name, snapshot
 from streammerge.stores.space import exists_already
 
@@ -90,9 +90,7 @@ class Hub(RemoteStore):
     def commit(self, name: str, revision: str = "", once: bool = False) -> str:
         """Returns the commit of a revision. Asks the hub unless it is one.
 
-        ``once``: a failure is not waited for. Nor is a hub whose address is not known, since nothing is read yet, and a
-        path that is mistyped looks like a repository. Raises RecipeError if there is none, StoreError if the hub cannot
-        be asked.
+        ``once``: a failure is not waited for. Raises RecipeError if there is none, StoreError if the hub cannot be asked.
         """
         wanted = Repository(name, revision)
         if wanted.is_pinned:
@@ -105,14 +103,8 @@ class Hub(RemoteStore):
                 raise StoreError(f"{endpoint()} does not tell the commit of {printable(wanted)}")
             return str(sha)
 
-        def resolved() -> str:
-            try:
-                return ask()
-            except Unresolved as error:
-                raise StoreError(f"{endpoint()} cannot be asked for {wanted} ({error}); look at the network") from error
-
         try:
-            how = ask if once else lambda: persistently(resolved, f"asking {endpoint()} for {wanted}")
+            how = ask if once else lambda: persistently(ask, f"asking {endpoint()} for {wanted}")
             return recalled(("commit", endpoint(), name, revision or MAIN), how)
         except Passing as error:
             raise StoreError(f"{endpoint()} cannot be asked for {printable(wanted)} ({error})") from error

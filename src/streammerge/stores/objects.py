@@ -24,7 +24,7 @@ from streammerge.stores.buffers import Buffers
 from streammerge.stores.parts import PART_BYTES, SENDERS, Part, Upload, buffer_bytes
 from streammerge.stores.refusals import PASSING_CODES, of_error
 from streammerge.stores.remembering import forget
-from streammerge.stores.remote import Entries, Passing, RemoteStore, persistently
+from streammerge.stores.remote import Entries, Passing, RemoteStore, Unresolved, persistently
 from streammerge.stores.space import exists_already
 from streammerge.stores.staged import Item, ObjectStaging, Taken, half_published, home_of, owner_of, runs
 
@@ -380,6 +380,8 @@ def failures(location: Location, changes: bool = True) -> Iterator[None]:
             raise
         raise changed_meanwhile(location) from error
     except known.BaseError as error:
+        if "dns error" in str(error):
+            raise Unresolved("the address of the host is not known") from _told(error)
         store: Any = location.store
         said = of_error(store.scheme, str(error))
         known_words = said.code or said.advice

@@ -51,7 +51,8 @@ class Passing(Exception):
 
 
 class Unresolved(Passing):
-    """Raised where the system does not know the address of a host, as on a machine without a network."""
+    """Raised where the system does not know the address of a host, as on a machine without a network. It may pass only if a
+    host has answered before."""
 
 
 class Entries(NamedTuple):
@@ -61,19 +62,29 @@ class Entries(NamedTuple):
     folders: frozenset[str]
 
 
+_reached = threading.Event()
+"""Whether a host has answered in this process."""
+
+
 def persistently(ask: Callable[[], T], what: str) -> T:
     """Returns the answer to a request. Repeats it after a :class:`Passing` failure, with growing pauses.
 
-    ``what``: names the request in the error. Raises StoreError if it fails each time.
+    ``what``: names the request in the error. Raises StoreError if it fails each time. Without a network it is not repeated
+    while nothing was read yet: a path that is mistyped may look like a repository, or like a bucket.
     """
     for attempt in range(TRIES):
         try:
-            return ask()
+            answer = ask()
         except Passing as error:
+            if isinstance(error, Unresolved) and not _reached.is_set():
+                raise StoreError(f"{what} failed ({printable(error)}); {error.advice}") from error
             if attempt == TRIES - 1:
                 raise StoreError(f"{what} failed {TRIES} times ({printable(error)}); {error.advice}") from error
             wait = min(_FIRST_WAIT_SECONDS * 2**attempt, _MOST_WAIT_SECONDS)
             time.sleep(max(wait * random.uniform(0.5, 1.0), error.wait_seconds))
+        else:
+            _reached.set()
+            return answer
     raise AssertionError("unreachable")
 
 
