@@ -139,7 +139,9 @@ def test_without_a_network_a_mistyped_path_is_told_at_once(monkeypatch: pytest.M
         monkeypatch.setenv(variable, "http://host.invalid")
     for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(variable, "x")
-    with pytest.raises(sm.StreammergeError, match=r" failed \(.*(not known|name resolution)\); look at the network, and run it again$"):
+    with pytest.raises(
+        sm.StreammergeError, match=r" failed \(.*(not known|name resolution)\); look at the network, and run it again$"
+    ):
         sm.inspect(name)
 
 
