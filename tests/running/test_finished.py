@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 import struct
-from dataclasses import replace
 
 import pytest
 
@@ -81,8 +80,8 @@ def test_a_piece_may_hold_what_was_measured_of_those_after_it() -> None:
     norms = struct.pack("<6f", 1, 2, 3, 4, 5, 6).hex()
     first = Finished(1, 0, "a", 4, 4, 0, {}, norms)
     assert made.fits(first)
-    assert not made.fits(replace(first, measured=norms + norms[:16]))  # there are no so many tasks
-    assert not made.fits(replace(first, measured=norms[:-2]))
+    assert not made.fits(first._replace(measured=norms + norms[:16]))  # there are no so many tasks
+    assert not made.fits(first._replace(measured=norms[:-2]))
     made.add(first)
     for number in (2, 3):
         made.add(Finished(number, 0, "a", 4 * number, 4, 0))
@@ -113,10 +112,10 @@ def test_only_pieces_of_the_plan_fit() -> None:
             {"offset": piece.offset + 1},
             {"nbytes": piece.nbytes + 1},
         ):
-            other = replace(piece, **wrong)
+            other = piece._replace(**wrong)
             assert not made.fits(other)
             assert other.key in [each.key for each in all_pieces(tasks)] or other.key not in made
     with pytest.raises(ValueError, match="no piece that begins at element 1"):
-        made.add(replace(piece, start=1))
+        made.add(piece._replace(start=1))
     with pytest.raises(KeyError):
         made.get((0, 0))

@@ -9,7 +9,6 @@ import pickle
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -40,8 +39,8 @@ def machine_file(claims_: Claims, joint: Joint) -> Path:
 def elsewhere(claims_: Claims, joint: Joint) -> None:
     """Lets a machine's file say that it is another host."""
     claims_._stop.set()
-    owner = replace(lock.this_run(), host="node7", boot="other", namespace="pid:[9]", pid=4)
-    machine_file(claims_, joint).write_text(json.dumps({"beat": 1, **asdict(owner)}))
+    owner = lock.this_run()._replace(host="node7", boot="other", namespace="pid:[9]", pid=4)
+    machine_file(claims_, joint).write_text(json.dumps({"beat": 1, **owner._asdict()}))
 
 
 def test_one_machine_gets_a_unit(two: tuple[Claims, Claims]) -> None:

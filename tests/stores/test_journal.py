@@ -7,7 +7,6 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -105,7 +104,7 @@ def test_pieces_count_up_to_the_first_line_that_is_damaged() -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ['{"task":0,"start":0,"new":1}', "[1,2]", "7", '"text"', json.dumps({**asdict(PIECES[1]), "new": 1})]
+    "line", ['{"task":0,"start":0,"new":1}', "[1,2]", "7", '"text"', json.dumps({**PIECES[1]._asdict(), "new": 1})]
 )
 def test_a_journal_of_another_version_is_counted_and_not_believed(line: str) -> None:
     _, record = made([])
@@ -120,7 +119,7 @@ def test_a_journal_of_another_version_is_counted_and_not_believed(line: str) -> 
 )
 def test_a_line_with_values_that_no_piece_has_ends_the_pieces(wrong: dict[str, Any]) -> None:
     _, record = made([])
-    lines = [json.dumps(asdict(PIECES[0]) | change) for change in ({}, wrong, {})]
+    lines = [json.dumps(PIECES[0]._asdict() | change) for change in ({}, wrong, {})]
     record.data = journal._lines(['{"plan":{"form":1}}', *lines])
     assert journal.read(record) == Earlier({"form": 1}, FinishedTable(PIECES[:1]), 3)
 

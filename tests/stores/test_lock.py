@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import time
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ def left(tmp_path: Path) -> Any:
         (folder / "output").mkdir(parents=True, exist_ok=True)
         (folder / "output" / "out.safetensors").write_bytes(b"half")
         (folder / "journal").write_bytes(b"journal")
-        (folder / "lock").write_text(owner if isinstance(owner, str) else json.dumps(asdict(owner)))
+        (folder / "lock").write_text(owner if isinstance(owner, str) else json.dumps(owner._asdict()))
         return folder / "lock"
 
     return leave
@@ -63,7 +62,7 @@ def test_what_another_host_may_own_is_refused_and_stays(
 ) -> None:
     """The kernel's lock is ours, but on this file system the other host's kernel need not know of it."""
     monkeypatch.setattr(lock, "one_kernel", lambda folder: False)
-    owner = replace(this_run(), pid=77, user="ada", **ELSEWHERE[where])
+    owner = this_run()._replace(pid=77, user="ada", **ELSEWHERE[where])
     path = left(owner)
     before = content(tmp_path)
     for ask in (
@@ -86,7 +85,7 @@ def test_a_disk_of_this_machine_has_no_other_owner(
 ) -> None:
     """The machine was started again, or has got another name: nobody else has this disk, and the work is continued."""
     monkeypatch.setattr(lock, "one_kernel", lambda folder: True)
-    left(replace(this_run(), pid=77, **ELSEWHERE[where]))
+    left(this_run()._replace(pid=77, **ELSEWHERE[where]))
     staging = parse(tmp_path / "out.safetensors").stage()
     assert staging.resumable
     staging.abort()
@@ -96,7 +95,7 @@ def test_a_container_of_the_same_kernel_is_known_by_the_kernels_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: Any
 ) -> None:
     monkeypatch.setattr(lock, "one_kernel", lambda folder: False)
-    other = replace(this_run(), pid=77, host="container", namespace="pid:[1]")
+    other = this_run()._replace(pid=77, host="container", namespace="pid:[1]")
     if not other.boot:
         pytest.skip("this platform has no boot ids")
     left(other)
@@ -130,14 +129,14 @@ class TestWithoutKernelLocks:
         "change", [{"boot": "b", "host": "node17"}, {"namespace": "pid:[1]"}, {"pid": os.getppid()}], ids=str
     )
     def test_who_may_be_alive_is_refused(self, tmp_path: Path, left: Any, change: dict[str, Any]) -> None:
-        left(replace(this_run(), **{"pid": 999_999_999, **change}))
+        left(this_run()._replace(**{"pid": 999_999_999, **change}))
         before = content(tmp_path)
         with pytest.raises(sm.LockedError, match="as far as can be told from here"):
             parse(tmp_path / "out.safetensors").stage()
         assert content(tmp_path) == before
 
     def test_who_is_dead_is_followed(self, tmp_path: Path, left: Any) -> None:
-        left(replace(this_run(), pid=999_999_999))
+        left(this_run()._replace(pid=999_999_999))
         parse(tmp_path / "out.safetensors").stage().abort()
 
     def test_one_process_has_it_once(self, tmp_path: Path) -> None:
@@ -172,7 +171,7 @@ class TestWithoutKernelLocks:
     @pytest.mark.parametrize("alive", [False, True])
     def test_the_owner_file_of_a_killed_run(self, tmp_path: Path, left: Any, alive: bool) -> None:
         path = left("").with_name("lock.owner")
-        path.write_text(json.dumps(asdict(replace(this_run(), pid=os.getppid() if alive else 999_999_999))))
+        path.write_text(json.dumps(this_run()._replace(pid=os.getppid() if alive else 999_999_999)._asdict()))
         if alive:
             with pytest.raises(sm.LockedError, match=f"process {os.getppid()} .*, remove {path}$"):
                 parse(tmp_path / "out.safetensors").stage()
@@ -185,8 +184,8 @@ class TestWithoutKernelLocks:
     def test_two_runs_follow_a_dead_one_at_once(self, tmp_path: Path, left: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """The other one has replaced the dead run's file after we read it."""
         path, good = left("").with_name("lock.owner"), os.rename
-        path.write_text(json.dumps(asdict(replace(this_run(), pid=999_999_999))))
-        other = json.dumps(asdict(replace(this_run(), pid=os.getppid())))
+        path.write_text(json.dumps(this_run()._replace(pid=999_999_999)._asdict()))
+        other = json.dumps(this_run()._replace(pid=os.getppid())._asdict())
 
         def rename(source: Any, target: Any) -> None:
             if str(source) == str(path):
@@ -203,7 +202,7 @@ class TestWithoutKernelLocks:
     ) -> None:
         monkeypatch.setattr(lock.fcntl, "flock", lambda fd, how: None)
         path = left("").with_name("lock.owner")
-        path.write_text(json.dumps(asdict(replace(this_run(), pid=os.getppid()))))
+        path.write_text(json.dumps(this_run()._replace(pid=os.getppid())._asdict()))
         with pytest.raises(sm.LockedError, match=f"process {os.getppid()} .*, remove {path}$"):
             parse(tmp_path / "out.safetensors").stage()
 
@@ -211,7 +210,7 @@ class TestWithoutKernelLocks:
 def test_two_machines_that_write_at_once_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has its own kernel's lock. What this one has written is read back after it reached the server."""
     path, synced = tmp_path / ".out.safetensors.streammerge" / "lock", []
-    other = json.dumps(asdict(replace(this_run(), pid=77, host="node17", boot="b")))
+    other = json.dumps(this_run()._replace(pid=77, host="node17", boot="b")._asdict())
 
     def sync(fd: int) -> None:
         synced.append(json.loads(path.read_text())["pid"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from streammerge.stores.staged import home_of, whole_tag
 
 
 def lock_of(out: Location, **fields: Any) -> None:
-    (home_of(out) / "lock").write_whole(json.dumps(asdict(replace(this_run(), **fields))).encode(), overwrite=True)
+    (home_of(out) / "lock").write_whole(json.dumps(this_run()._replace(**fields)._asdict()).encode(), overwrite=True)
 
 
 def test_the_lock_of_a_dead_process_is_taken_over(s3: str) -> None:

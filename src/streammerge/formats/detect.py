@@ -14,8 +14,8 @@ from streammerge.stores.base import Location
 
 _HEAD_BYTES = 512
 _SHORT_TEXT_BYTES = 200
-_FIRST = "streammerge.formats.safetensors"
-"""The format that is asked first, so that its files need no other."""
+_COMMON = ("safetensors", "torch_zip")
+"""The formats that are asked first, so that their files need no other."""
 _OTHERS: tuple[tuple[bytes, str], ...] = (
     (b"\x89HDF", "an HDF5 file (Keras); only PyTorch and safetensors checkpoints are read"),
     (b"\x93NUMPY", "a numpy array; only PyTorch and safetensors checkpoints are read"),
@@ -98,10 +98,11 @@ def _read(format: Format, path: Location) -> Container:
 
 def _formats() -> Iterator[Format]:
     """Yields every format in the order in which they are asked."""
-    yield import_module(_FIRST)
+    for name in _COMMON:
+        yield import_module(f"streammerge.formats.{name}")
     from streammerge.formats.registry import others
 
-    yield from others(_FIRST)
+    yield from others(_COMMON)
 
 
 def _name(plug_in: Format) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from types import ModuleType
 from typing import Any, TypeVar
@@ -20,13 +20,13 @@ _HELPERS = (
 """The modules beside this one that are no format, so that looking at a file imports only the formats that are asked."""
 
 
-def others(first: str) -> Iterator[Format]:
-    """Yields every format but the module ``first``: this package's by name, then this program's, then plug-ins.
+def others(asked: Sequence[str]) -> Iterator[Format]:
+    """Yields every format but the modules ``asked``: this package's by name, then this program's, then plug-ins.
 
     Each is imported when its turn comes. Most files are recognised before plug-ins are searched for.
     """
     for name in module_names(_ROOM):
-        if name not in _HELPERS and f"{_ROOM}.{name}" != first:
+        if name not in _HELPERS and name not in asked:
             yield import_module(f"{_ROOM}.{name}")
     yield from FORMATS.beside_built_in()
 

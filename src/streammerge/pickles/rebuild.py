@@ -22,7 +22,6 @@ from streammerge.pickles.tree import (
     TensorRef,
     is_quantised,
 )
-from streammerge.sources.recast import Recast
 from streammerge.tensors.dtypes import BY_STORAGE_CLASS, BY_TORCH_NAME, DType
 from streammerge.tensors.spec import TensorSpec
 
@@ -239,6 +238,8 @@ def _on_device(data: Any, dtype: Any, device: Any, requires_grad: Any) -> Any:
     if kind is not data.dtype:  # numpy has no bfloat16, so its numbers are in float32
         if entry is None:
             return None
+        from streammerge.sources.recast import Recast  # here, because most tensors have their dtype
+
         entry = Recast(TensorSpec("", kind, data.shape), entry)
     return TensorRef(data.storage, kind, data.offset, data.shape, data.strides, requires_grad is True, entry=entry)
 

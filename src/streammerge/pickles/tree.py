@@ -227,6 +227,8 @@ def walk(root: Any, skip: set[tuple[int, Any]] | None = None) -> Iterator[tuple[
         elif id(node) not in seen:
             seen.add(id(node))
             yield path, node
+            if node.__class__ is TensorRef and not node.wrapper and node.state is MISSING:
+                continue  # has nothing below it, as most tensors
             if len(stack) < _DEEPEST:
                 stack.append(_below(path, node, skip or set()))
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from streammerge.errors import MismatchError, listed, printable
 from streammerge.recipe.model import Recipe
 from streammerge.tensors.adapters import is_adapter
-from streammerge.tensors.bundles import bundled
 from streammerge.tensors.layers import depths
 from streammerge.tensors.spec import TensorSpec
 
@@ -107,6 +106,8 @@ class Mismatch:
 
     def rows(self, policy: str = "error", extra: bool = True) -> list[str]:
         """Sentences about names, one for each checkpoint and kind. ``extra``: also about names that the first lacks."""
+        from streammerge.tensors.bundles import bundled  # here, because most inputs have the same names
+
         fate = "they are added" if policy == "union" else "they stay out"
         said = []
         for path in dict.fromkeys([*self.missing, *self.extra]):

@@ -11,7 +11,7 @@ import math
 import posixpath
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -67,7 +67,7 @@ class Receipt:
         return CRC32 if self.checksum == CRC32.name else CRC32C
 
     def text(self, indent: int | None = None) -> str:
-        data = asdict(self)
+        data = {each.name: getattr(self, each.name) for each in fields(self)}  # asdict would copy every name
         for name in ("accounts", "layers"):  # a receipt of an earlier release, or of another output, keeps its bytes
             if not data[name]:
                 del data[name]

@@ -70,10 +70,13 @@ class MergeTask:
     @property
     def computed(self) -> bool:
         """Whether a merge or a quantised weight is among its sources, so that these have other bytes than the files."""
-        for source in self.sources:
-            if source.__class__ is not Stored and source.dequantises:
-                return True
-        return self.nested
+        plain = True
+        for source in self.sources:  # a plain loop, because this runs for every piece
+            if source.__class__ is not Stored:
+                if source.dequantises:
+                    return True
+                plain = False
+        return not plain and self.nested
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -299,11 +302,14 @@ class Tasks(Sequence[MergeTask]):
 
     def where(self, test: Callable[[MergeTask], bool]) -> list[int]:
         """Returns the numbers of the tasks that pass a test, which may not look at names and places."""
-        known: dict[int, bool] = {}
+        known, found = dict[int, bool](), list[int]()
         for number, made in enumerate(self.made):
-            if id(made) not in known:
-                known[id(made)] = test(self._at(number))
-        return [number for number, made in enumerate(self.made) if known[id(made)]]
+            passes = test(made) if made.__class__ is MergeTask else known.get(id(made))
+            if passes is None:
+                passes = known[id(made)] = test(self._at(number))
+            if passes:
+                found.append(number)
+        return found
 
     def __len__(self) -> int:
         return len(self.made)

@@ -80,12 +80,10 @@ def choose_executor(plan: Planned, wanted: str | Executors) -> None:
     if isinstance(wanted, str) and wanted == "auto":  # an array is not equal to anything
         counted = sum(count for task, count in alike(plan.tasks) if task.method.passes)
         tensors = counted if plan.budget.workers > 1 else 0
-        most = most_threads(tensors, plan.read_bytes)
-        if tensors:
-            long = plan.read_bytes + tensors * TENSOR_BYTES >= LEAST_BYTES_OF_PASSES
-        else:
-            long = plan.read_bytes >= LEAST_BYTES
-        if long and plan.budget.workers > most and not _why_threads(plan):
+        read_bytes = plan.read_bytes
+        most = most_threads(tensors, read_bytes)
+        enough = read_bytes + tensors * TENSOR_BYTES >= LEAST_BYTES_OF_PASSES if tensors else read_bytes >= LEAST_BYTES
+        if enough and plan.budget.workers > most and not _why_threads(plan):
             _use_processes_if_they_help(plan, most)
         return
     found = find_executor(wanted)

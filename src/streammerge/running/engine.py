@@ -12,7 +12,7 @@ from streammerge.planning.tasks import MergeTask, Piece, PieceDone, alike, batch
 from streammerge.running.executors.base import Executor
 from streammerge.running.job import Job
 from streammerge.running.worker import MergeWork, bind, failures
-from streammerge.stores.checksums import Checksum
+from streammerge.stores.checksums import CRC32C, Checksum
 from streammerge.stores.inputs import InputFiles
 from streammerge.tensors.spec import ranges
 
@@ -176,4 +176,5 @@ def modules_of(tasks: Sequence[MergeTask], checksum: Checksum, torch_needed: boo
     """Returns the modules that workers need for these tasks. Each worker imports the modules of a user's own methods."""
     own = {method.function.__module__ for method in {id(task.method): task.method for task, _ in alike(tasks)}.values()}
     found = [__name__, *sorted(name for name in own if name.startswith("streammerge."))]
-    return (*found, *(["crc32c"] if checksum.name == "crc32c" else []), *(["torch"] if torch_needed else []))
+    sums = ["streammerge.stores.crc32c"] if checksum.name == CRC32C.name else []
+    return (*found, *sums, *(["torch"] if torch_needed else []))

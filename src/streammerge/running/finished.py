@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from math import isfinite
 from typing import NamedTuple
@@ -44,7 +44,7 @@ class FinishedPieces:
             self._long[number] = _Long(rows, task.elems, task.piece_elems, task.out.dtype.component.element_bytes)
             rows += -(-task.elems // task.piece_elems)
         self._there, self._sums = bytearray(rows), array("I", [0]) * rows
-        self._nonfinite: dict[Key, dict[str, int]] = {}
+        self._nonfinite: dict[Key, Mapping[str, int]] = {}
         self._measured: _Measured | None = None
 
     def fits(self, piece: Finished) -> bool:
@@ -117,7 +117,7 @@ class FinishedPieces:
         """Yields the pieces in the order of the tasks."""
         return (self.get((number, start)) for number, start, _ in self._rows())
 
-    def nonfinite(self) -> Iterator[tuple[int, dict[str, int]]]:
+    def nonfinite(self) -> Iterator[tuple[int, Mapping[str, int]]]:
         """Yields the task and the non-finite numbers of each piece that has any."""
         return ((number, found) for (number, _), found in self._nonfinite.items())
 

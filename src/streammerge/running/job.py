@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from streammerge.planning.budget import Budget
 from streammerge.planning.tasks import MergeTask
@@ -17,7 +17,9 @@ from streammerge.stores import faults
 from streammerge.stores.base import Location, Output, Status
 from streammerge.stores.checksums import Checksum
 from streammerge.stores.inputs import InputFiles
-from streammerge.stores.spilled import SpillFile
+
+if TYPE_CHECKING:
+    from streammerge.stores.spilled import SpillFile
 
 
 class Target(Protocol):
@@ -154,6 +156,8 @@ class Bench:
 
     def spill(self, nbytes: int) -> SpillFile:
         """Returns a new temporary file of so many bytes."""
+        from streammerge.stores.spilled import SpillFile  # here, because most runs spill nothing
+
         return SpillFile(nbytes, self.job.home)
 
     def check_outputs(self) -> None:

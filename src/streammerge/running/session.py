@@ -26,7 +26,6 @@ from streammerge.running.finished import FinishedPieces, MeasuredTasks, other_su
 from streammerge.running.job import Job, OutputPlace, lent, new_key
 from streammerge.running.nonfinite import culprit
 from streammerge.running.readback import check_structure
-from streammerge.running.reading import ChecksumWork, HashWork, largest_first, neighbours
 from streammerge.stores.base import Location, Output, Staging
 from streammerge.stores.checksums import Checksum
 from streammerge.stores.digests import COPY_BYTES
@@ -254,6 +253,8 @@ class Run:
 
     def _compare(self, claims: FinishedPieces) -> int:
         """Takes over the claimed pieces whose checksums are right. Returns the bytes that need not be read for them."""
+        from streammerge.running.reading import ChecksumWork, neighbours  # here, because most runs continue none
+
         saved_bytes = 0
         for key, file, place in claims.places():
             if self._outputs[file].in_parts and self._outputs[file].holds(*place):  # the store has compared it
@@ -305,6 +306,8 @@ class Run:
         made: dict[str, str] = {}
         if not wanted:
             return made
+        from streammerge.running.reading import HashWork, largest_first  # here, because most receipts have no hashes
+
         with closing(self._executor.run(HashWork(self._modules), largest_first(wanted.items()))) as results:
             for name, digest in results:
                 made[name] = digest

@@ -11,11 +11,14 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from streammerge.sources.base import Allocated, Blob, BlobPath, Needs, Reader, Room, Source, read_whole
 from streammerge.sources.stored import Stored
-from streammerge.sources.strided import Strided
 from streammerge.tensors.spec import TensorSpec, is_contiguous
+
+if TYPE_CHECKING:
+    from streammerge.sources.strided import Strided
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,8 @@ def of_bytes(
     if not spec.numel:
         return Stored(spec, path, 0 if record else offset)
     if lazy or (strides is not None and not is_contiguous(spec.shape, strides)):
+        from streammerge.sources.strided import Strided  # here, because most tensors are contiguous
+
         found: Stored | Strided = Strided.of(spec, path, offset, strides, lazy)
     else:
         found = Stored(spec, path, offset)

@@ -3,6 +3,7 @@
 Each module imports only modules above it::
 
     names        names within a folder
+    crc32c       CRC-32C by the instruction of the processor
     checksums    CRC-32 and CRC-32C, and joining those of parts
     faults       mapped files that shrink
     keys         names within a store

@@ -21,9 +21,9 @@ class Checksum(NamedTuple):
         """Returns the checksum of all bytes so far, from the checksum ``before`` and a buffer of more bytes."""
         if self.name == "crc32":
             return zlib.crc32(data, before)
-        import crc32c  # imported here, because plans and inspections do not need it
+        from streammerge.stores.crc32c import crc32c  # imported here, because plans and inspections do not need it
 
-        return int(crc32c.crc32c(data, before))
+        return crc32c(data, before)
 
     def combine(self, first: int, second: int, second_bytes: int) -> int:
         """Returns the checksum of a + b, from the checksums of a and b and the bytes of b."""

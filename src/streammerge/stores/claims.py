@@ -22,7 +22,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from streammerge.errors import LockedError, StreammergeError
 from streammerge.stores import lock
@@ -142,7 +142,7 @@ class Claims:
         return self._home / MACHINES / self.name
 
     def _show(self) -> None:
-        said = {"beat": next(self._beat), **asdict(lock.this_run())}
+        said = {"beat": next(self._beat), **lock.this_run()._asdict()}
         self._own.replace_small(json.dumps(said).encode())
 
     def _live(self) -> None:

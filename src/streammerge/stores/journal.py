@@ -17,8 +17,8 @@ import zlib
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, overload
+from dataclasses import dataclass
+from typing import Any, NamedTuple, overload
 
 from streammerge.errors import SpaceError
 from streammerge.stores.base import JournalFile, Output
@@ -32,10 +32,10 @@ _FIRST_RATE = 250e6
 _LEAST_SECONDS = 1e-4
 _POLL_SECONDS = 0.2
 Key = tuple[int, int]
+_NOTHING: Mapping[str, int] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(NamedTuple):
     """A piece whose bytes are written: its task's number and first element, where it lies, the NaN and infinities in it,
     and what was measured of it, as hexadecimal text that only the run understands."""
 
@@ -45,7 +45,7 @@ class Finished:
     offset: int
     nbytes: int
     checksum: int
-    nonfinite: dict[str, int] = field(default_factory=dict)
+    nonfinite: Mapping[str, int] = _NOTHING
     measured: str = ""
 
     @property
@@ -59,7 +59,7 @@ class Finished:
 
 
 _MEASURED = "measured"
-_FIELDS = {each.name for each in fields(Finished)} - {_MEASURED}
+_FIELDS = {*Finished._fields} - {_MEASURED}
 """The fields of every line."""
 _NUMBERS = {"task": 32, "start": 64, "offset": 64, "nbytes": 64, "checksum": 32}
 """The numbers of a piece, and their bits."""
@@ -71,7 +71,7 @@ class FinishedTable(Sequence[Finished]):
     def __init__(self, pieces: Iterable[Finished] = ()) -> None:
         self._columns = [array("I" if bits == 32 else "Q") for bits in _NUMBERS.values()]
         self._files, self._file_of = dict[str, int](), array("I")
-        self._nonfinite: dict[int, dict[str, int]] = {}
+        self._nonfinite: dict[int, Mapping[str, int]] = {}
         self._measured: dict[int, str] = {}
         for piece in pieces:
             self.add(piece)
@@ -94,11 +94,11 @@ class FinishedTable(Sequence[Finished]):
         return len(self._file_of)
 
     def __iter__(self) -> Iterator[Finished]:
-        files, nothing = list(self._files), dict[str, int]()
+        files = list(self._files)
         for row, (task, start, offset, nbytes, checksum, file) in enumerate(
             zip(*self._columns, self._file_of, strict=True)
         ):
-            found = self._nonfinite.get(row, nothing), self._measured.get(row, "")
+            found = self._nonfinite.get(row, _NOTHING), self._measured.get(row, "")
             yield Finished(task, start, files[file], offset, nbytes, checksum, *found)
 
     @overload

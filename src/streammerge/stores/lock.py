@@ -14,7 +14,7 @@ import json
 import os
 import threading
 import time
-from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from streammerge.errors import LockedError, RecipeError, printable
 from streammerge.stores import system
@@ -40,8 +40,7 @@ _ONE_KERNEL += ("vfat", "xfs", "zfs")
 """File systems that only one running kernel has mounted, so that its locks reach everybody."""
 
 
-@dataclass(frozen=True, slots=True)
-class Owner:
+class Owner(NamedTuple):
     """The run that makes an output. ``boot`` changes when the machine starts; ``namespace`` is that of its process ids."""
 
     pid: int
@@ -101,8 +100,7 @@ def owner_in(fd: int) -> Owner | None:
         return UNKNOWN
 
 
-@dataclass(frozen=True, slots=True)
-class _Held:
+class _Held(NamedTuple):
     """A lock that this process has. ``place``: device and inode of its file. ``claim``: the file that stands for the
     kernel's lock, "" where the file system has kernel locks."""
 
@@ -219,7 +217,7 @@ def sign(fd: int, folder: str, out: object) -> None:
 
 def _write(fd: int, owner: Owner) -> bool:
     """Writes the owner into a file, durably. Returns False if the disk is full."""
-    text, done = json.dumps(asdict(owner)).encode() + b"\n", 0
+    text, done = json.dumps(owner._asdict()).encode() + b"\n", 0
     try:
         os.ftruncate(fd, 0)
         while done < len(text):

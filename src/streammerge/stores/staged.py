@@ -16,7 +16,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from typing import Any, NamedTuple, Protocol
 
 from streammerge.errors import LockedError, StoreError, printable
@@ -143,7 +142,7 @@ class ObjectLock:
         self._thread.start()
 
     def _text(self) -> bytes:
-        return json.dumps({**asdict(self._owner), "renewed": time.time()}).encode()
+        return json.dumps({**self._owner._asdict(), "renewed": time.time()}).encode()
 
     def _take(self) -> str:
         for _ in range(5):

@@ -22,11 +22,8 @@ from streammerge.pickles.state_dict import Selection
 from streammerge.pickles.training_state import bars, is_measurement, is_record, is_training_state
 from streammerge.pickles.tree import MISSING, FieldName, TensorRef, mapping_items, number, walk
 from streammerge.planning.dispositions.ledger import Fate
-from streammerge.planning.dispositions.pruned import WHY as ONLY
-from streammerge.planning.dispositions.pruned import pruned
 from streammerge.recipe.model import Recipe, Reference
 from streammerge.tensors.conventions import AVERAGED, PROGRESS
-from streammerge.tensors.matching import match
 from streammerge.tensors.names import is_counter
 
 Indexes = Mapping[Reference, CheckpointIndex]
@@ -136,7 +133,9 @@ class _Deciding:
         if self.first.extras is None or self.first.format == "sharded PyTorch":
             return entries
         if self.recipe.output.only:
-            entries.drops += [Drop(name, holder, key, ONLY) for name, holder, key in pruned(self.first)]
+            from streammerge.planning.dispositions.pruned import WHY, pruned  # here, because most outputs have all
+
+            entries.drops += [Drop(name, holder, key, WHY) for name, holder, key in pruned(self.first)]
             return entries
         self.taken = _taken(selection)
         for averaged, name in selection.left_out:
@@ -244,6 +243,8 @@ class _Deciding:
 
         Returns the tensors that have an ancestor. The others are decided one by one.
         """
+        from streammerge.tensors.matching import match  # here, because most bases have the copies of their models
+
         ours, theirs = ({n: e.spec.shape for n, e in index.entries.items()} for index in (self._own(made), made[base]))
         chosen = set(self._names(self.first).values())
         common = {name: other for name, other in match(ours, theirs).names.items() if name in chosen}

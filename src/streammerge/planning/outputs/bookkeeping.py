@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import printable
-from streammerge.pickles.repickle import Edit
 from streammerge.pickles.training_state import is_training_state
 from streammerge.pickles.tree import TensorRef, mapping_items, number, walk
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.tensors.conventions import COUNTERS, FACTS, PROGRESS
+
+if TYPE_CHECKING:
+    from streammerge.pickles.repickle import Edit
 
 _SETTINGS = re.compile(r"(?i)(.*_)?(configs?|cfg|args|opts?|options|hparams|(hyper_?)?param(eter)?s)")
 _DEEPEST = 4
