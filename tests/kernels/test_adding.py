@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from streammerge.kernels import adding
-from streammerge.kernels.adding import add_each_scaled, add_scaled, rounds_products
+from streammerge.kernels.adding import Multiples, add_scaled, exact_reciprocal, rounds_products
 
 FACTORS = [0.3, -0.7, 1.0, 1 / 3, 0.0, -0.0, 1e30, -1e-30, 5e-324, 1e300, math.inf, math.nan]
 
@@ -57,10 +57,10 @@ def test_products_are_rounded_before_they_are_added(
         monkeypatch.setattr(adding, "rounds_products", lambda dtype: False)
     total, values = numbers(elems, 1, dtype), numbers(elems, 2, dtype)
     rows = [total.clone() for _ in FACTORS]
-    add_each_scaled(rows, values, FACTORS)
+    Multiples(FACTORS, dtype).add_to(rows, values)
     some = FACTORS[:5]
     few = list(total.expand(5, elems).clone().unbind())
-    add_each_scaled(few, values, some)
+    Multiples(some, dtype).add_to(few, values)
     for row, factor in zip([*rows, *few], [*FACTORS, *some], strict=True):
         wanted = in_turn(total, values, factor)
         known = ~wanted.isnan()
@@ -76,8 +76,9 @@ def test_nan_keeps_its_bits_in_both_ways(dtype: torch.dtype, monkeypatch: pytest
     quick = [add_scaled(total.clone(), values.clone(), factor) for factor in FACTORS]
     apart = [total.clone() for _ in FACTORS]
     for factor, row in zip(FACTORS, apart, strict=True):  # numbers that lie elsewhere in a vector
+        multiples = Multiples([factor], dtype)
         for begin in range(0, 9001, 13):
-            add_each_scaled([row[begin : begin + 13]], values[begin : begin + 13], [factor])
+            multiples.add_to([row[begin : begin + 13]], values[begin : begin + 13])
     monkeypatch.setattr(adding, "rounds_products", lambda dtype: False)
     for factor, *made in zip(FACTORS, quick, apart, strict=True):
         plain = add_scaled(total.clone(), values.clone(), factor)
@@ -113,3 +114,16 @@ def test_other_instructions_of_torch_round_products_too(capability: str) -> None
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
     made = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert made.stdout.split() == ["True", "True"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("divisor", [1.0, 2.0, -4.0, 0.5, 2.0**99, -(2.0**-99)])
+def test_powers_of_two_divide_by_a_product(divisor: float, dtype: torch.dtype) -> None:
+    values, factor = numbers(30_001, 7, dtype), exact_reciprocal(divisor)
+    assert factor is not None
+    assert torch.equal(bits(values * factor), bits(values / divisor))
+
+
+@pytest.mark.parametrize("divisor", [0.0, -0.0, 3.0, 1.1, 2.0**200, 2.0**-200, math.inf, math.nan])
+def test_other_divisors_have_no_reciprocal(divisor: float) -> None:
+    assert exact_reciprocal(divisor) is None

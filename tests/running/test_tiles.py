@@ -21,6 +21,8 @@ KERNELS = [
     combination([1.0, 1.0], divisor=3.0),
     combination([1.0, -0.25], of_base=0.25),
     combination([0.1, 1.0], of_base=1.0, divisor=2.1),
+    combination([0.1, 1.0], of_base=1.0, divisor=2.0),
+    combination([0.7, 1.0], of_base=0.5, divisor=-0.25),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Adds multiples of numbers to a sum in one operation, with the bits of a product that is rounded and then added.
+"""Multiples and quotients in less time, with the bits of a product that is rounded and then added, and of a division.
 
 torch adds a multiple by ``add_(alpha=...)`` or a product by ``addcmul_``, and fuses either on some machines: the product is
 then not rounded, and the sum has other last bits than elsewhere. But ``addcmul_`` multiplies from the left, first by its
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 _CHECKED = 1003
 """Numbers that are added to see how torch does it: whole vectors of them, and a rest."""
 
+_MOST_EXPONENT = 100
+"""Powers of two up to this one, and their reciprocals, are normal numbers of float32 and float64."""
+
 
 def add_scaled(total: torch.Tensor, values: torch.Tensor, factor: float) -> torch.Tensor:
     """Adds the rounded products of the values and a factor to the total, in place. The values may be changed."""
@@ -28,16 +31,30 @@ def add_scaled(total: torch.Tensor, values: torch.Tensor, factor: float) -> torc
     return total.add_(values.mul_(factor))
 
 
-def add_each_scaled(totals: Sequence[torch.Tensor], values: torch.Tensor, factors: Sequence[float]) -> None:
-    """Adds the rounded products of the values and each factor to the total of that factor, in place."""
-    import torch
+class Multiples:
+    """Adds the rounded products of the same values and each of several factors to several totals, in one call."""
 
-    if all(_in_one(values.dtype, factor) for factor in factors):
-        same = [values] * len(totals)
-        torch._foreach_addcmul_(list(totals), same, [_one(values.dtype)] * len(totals), list(factors))
-        return
-    for total, factor in zip(totals, factors, strict=True):
-        total.add_(values * factor)
+    def __init__(self, factors: Sequence[float], dtype: torch.dtype) -> None:
+        self._factors = list(factors)
+        self._ones = [_one(dtype)] * len(self._factors)
+        self._in_one = all(_in_one(dtype, factor) for factor in self._factors)
+
+    def add_to(self, totals: list[torch.Tensor], values: torch.Tensor) -> None:
+        """Adds in place. ``totals``: as many as the factors. The values stay as they are."""
+        import torch
+
+        if self._in_one:
+            torch._foreach_addcmul_(totals, [values] * len(self._ones), self._ones, self._factors)
+            return
+        for total, factor in zip(totals, self._factors, strict=True):
+            total.add_(values * factor)
+
+
+def exact_reciprocal(divisor: float) -> float | None:
+    """Returns a factor that makes the same numbers as a division, None if there is none. A division takes three times as
+    long. Powers of two have one: product and quotient are then the same number before it is rounded."""
+    fraction, exponent = math.frexp(divisor)
+    return 1 / divisor if abs(fraction) == 0.5 and abs(exponent) <= _MOST_EXPONENT else None
 
 
 def _in_one(dtype: torch.dtype, factor: float) -> bool:

@@ -72,16 +72,20 @@ class Tiles:
         parts = [torch.split(out, self._elems) for out in outs]
         wanted = sorted({source for sources, _, _ in groups for source in sources})
         magnitudes: dict[int, list[float]] = {source: [] for source in wanted}
-        totals = torch.frombuffer(self._memory[-_AT_ONCE * self._elems * 8 :], dtype=compute)
+        memory = torch.frombuffer(self._memory[-_AT_ONCE * self._elems * 8 :], dtype=compute)
+        rows = dict[tuple[int, int], tuple[torch.Tensor, list[torch.Tensor]]]()
         for tile, (a, b) in enumerate(ranges(stop - start, self._elems)):
             chunk = Chunk(start + a, start + b, compute, self, read, based=False, models=0)
             loaded = {source: chunk.load(source, (_SOURCE, source)) for source in wanted}
             for source, values in loaded.items():
                 magnitudes[source].append(_norm(values))
             for sources, numbers, joined in groups:
-                memory = totals[: len(numbers) * (b - a)].view(len(numbers), b - a)
-                made = joined([loaded[source] for source in sources], memory)
-                torch._foreach_copy_([parts[number][tile] for number in numbers], made)
+                shape = len(numbers), b - a
+                if shape not in rows:
+                    totals = memory[: shape[0] * shape[1]].view(shape)
+                    rows[shape] = totals, list(totals.unbind())
+                joined([loaded[source] for source in sources], *rows[shape])
+                torch._foreach_copy_([parts[number][tile] for number in numbers], rows[shape][1])
         largest = {source: _largest_of(found) for source, found in magnitudes.items()}
         finite = [False] * len(outs)
         for sources, numbers, _ in groups:
