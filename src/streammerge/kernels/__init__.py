@@ -2,6 +2,7 @@
 
 Each module imports only modules above it::
 
+    adding       multiples that are added in one operation, the same on every machine
     random       counter-based random numbers
     ranking      cuts and sort keys: arithmetic on tensors in memory
     row_ranking  ranks of numbers within rows

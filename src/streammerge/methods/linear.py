@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streammerge.errors import RecipeError
+from streammerge.kernels.adding import Multiples, add_scaled, exact_reciprocal
 from streammerge.kernels.chunk import Chunk, Kernel
 from streammerge.kernels.group import TensorGroup
 from streammerge.methods.contracts import PerModel, Values, merge_method, sums_to_something
@@ -27,11 +28,11 @@ class Combination:
     def __call__(self, chunk: Chunk) -> torch.Tensor:
         total = scaled(chunk.load(0, "total"), self.weights[0])
         for model, w in enumerate(self.weights[1:], start=1):
-            # Not add_(alpha=w): torch fuses it on some machines only, and fused sums differ in their last bits.
-            total.add_(scaled(chunk.load(model), w))
+            add_scaled(total, chunk.load(model), w)
         if self.of_base:
-            total.add_(scaled(chunk.base, self.of_base))
-        return total if self.divisor == 1 else total.div_(self.divisor)
+            add_scaled(total, chunk.base, self.of_base)
+        factor = exact_reciprocal(self.divisor)
+        return total.div_(self.divisor) if factor is None else scaled(total, factor)
 
     def bound(self, magnitudes: Sequence[float]) -> float:
         """Returns what no magnitude of a result exceeds by more than rounding, from such numbers of the models, and of the
@@ -51,20 +52,30 @@ class Combinations:
         import torch
 
         rows = [(*each.weights, each.of_base) if each.of_base else each.weights for each in kernels]
-        columns = zip(*rows, strict=True)
-        self._weights = [torch.tensor(column, dtype=compute).unsqueeze(1) for column in columns]
+        first, *others = zip(*rows, strict=True)
+        self._first = torch.tensor(first, dtype=compute).unsqueeze(1)
+        self._others = [Multiples(weights, compute) for weights in others]
+        self._divisors: torch.Tensor | None = None
+        self._factors: torch.Tensor | None = None
         divisors = [each.divisor for each in kernels]
-        self._divisors = None if divisors[0] == 1 else torch.tensor(divisors, dtype=compute).unsqueeze(1)
+        factors = [factor for factor in map(exact_reciprocal, divisors) if factor is not None]
+        if len(factors) < len(divisors):
+            self._divisors = torch.tensor(divisors, dtype=compute).unsqueeze(1)
+        elif divisors[0] != 1:
+            self._factors = torch.tensor(factors, dtype=compute).unsqueeze(1)
 
-    def __call__(self, values: Sequence[torch.Tensor], totals: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
-        """Returns the result of each kernel as a row of ``totals``. ``values``: of the models, then of a base that has a
-        weight, in the compute dtype; they stay as they are. ``totals`` and ``terms`` are memory for sums and products."""
+    def __call__(self, values: Sequence[torch.Tensor], totals: torch.Tensor, rows: list[torch.Tensor]) -> None:
+        """Makes the result of each kernel, a row of ``totals``. ``values``: of the models, then of a base with a weight, in
+        the compute dtype; they stay as they are. ``rows``: the same memory row by row."""
         import torch
 
-        torch.mul(values[0], self._weights[0], out=totals)
-        for each, weights in zip(values[1:], self._weights[1:], strict=True):
-            totals.add_(torch.mul(each, weights, out=terms))
-        return totals if self._divisors is None else totals.div_(self._divisors)
+        torch.mul(values[0], self._first, out=totals)
+        for each, multiples in zip(values[1:], self._others, strict=True):
+            multiples.add_to(rows, each)
+        if self._divisors is not None:
+            totals.div_(self._divisors)
+        elif self._factors is not None:
+            totals.mul_(self._factors)
 
 
 def combination(weights: Sequence[float], of_base: float = 0.0, divisor: float = 1.0) -> Combination:

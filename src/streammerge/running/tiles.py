@@ -1,7 +1,7 @@
 """Weighted sums of several outputs in tiles: inputs are converted once, and outputs are summed from the CPU's own cache.
 
 The operations on a number, and their order, are those of each output's kernel, so the results are the same to the bit. One
-operation works on several outputs, since for tiles that a cache holds, calling torch costs as much as computing.
+call works on several outputs, since for tiles that a core's own cache holds, calling torch costs as much as computing.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from streammerge.tensors.spec import ranges
 if TYPE_CHECKING:
     import torch
 
-TILE_BYTES = 6 << 20
-"""Memory for the tiles of all inputs, and of a few sums and products: about a core's part of the caches."""
-_MOST_ELEMS, _LEAST_ELEMS = 1 << 16, 1 << 11
+TILE_BYTES = 3 << 20
+"""Memory for the tiles of all inputs, and of a few sums."""
+_MOST_ELEMS, _LEAST_ELEMS = 1 << 14, 1 << 11
+"""With more elements, the sums and a few inputs leave a core's own cache: 65,536 took half as long again."""
 _AT_ONCE = 4
-"""For so many outputs at once there is room at least."""
+"""So many outputs are made at once."""
 _SOURCE = "source"
 
 
@@ -37,15 +38,14 @@ class Tiles:
     def __init__(self) -> None:
         self._memory = memoryview(mmap.mmap(-1, TILE_BYTES))
         self._begins: dict[Slot, int] = {}
-        self._elems = self._at_once = 0
+        self._elems = 0
 
     def fit(self, sources: int) -> bool:
         """Divides the memory for so many sources. Returns whether there is room for tiles that are worth it."""
         self._begins.clear()
         slots = sources + 1  # 1: numbers on their way to the compute dtype
-        most = TILE_BYTES // 8 // (slots + 2 * _AT_ONCE)  # 2: a sum and a product
+        most = TILE_BYTES // 8 // (slots + _AT_ONCE)
         self._elems = min(most, _MOST_ELEMS) // _LEAST_ELEMS * _LEAST_ELEMS
-        self._at_once = (TILE_BYTES // 8 // self._elems - slots) // 2 if self._elems else 0
         return self._elems > 0
 
     def get(self, slot: Slot, dtype: torch.dtype, elems: int) -> torch.Tensor:
@@ -72,17 +72,20 @@ class Tiles:
         parts = [torch.split(out, self._elems) for out in outs]
         wanted = sorted({source for sources, _, _ in groups for source in sources})
         magnitudes: dict[int, list[float]] = {source: [] for source in wanted}
-        totals, terms = (self._pair(which, compute) for which in range(2))
+        memory = torch.frombuffer(self._memory[-_AT_ONCE * self._elems * 8 :], dtype=compute)
+        rows = dict[tuple[int, int], tuple[torch.Tensor, list[torch.Tensor]]]()
         for tile, (a, b) in enumerate(ranges(stop - start, self._elems)):
             chunk = Chunk(start + a, start + b, compute, self, read, based=False, models=0)
             loaded = {source: chunk.load(source, (_SOURCE, source)) for source in wanted}
             for source, values in loaded.items():
                 magnitudes[source].append(_norm(values))
             for sources, numbers, joined in groups:
-                room = (len(numbers), b - a)
-                memory = totals[: room[0] * room[1]].view(room), terms[: room[0] * room[1]].view(room)
-                made = joined([loaded[source] for source in sources], *memory)
-                torch._foreach_copy_([parts[number][tile] for number in numbers], list(made.unbind()))
+                shape = len(numbers), b - a
+                if shape not in rows:
+                    totals = memory[: shape[0] * shape[1]].view(shape)
+                    rows[shape] = totals, list(totals.unbind())
+                joined([loaded[source] for source in sources], *rows[shape])
+                torch._foreach_copy_([parts[number][tile] for number in numbers], rows[shape][1])
         largest = {source: _largest_of(found) for source, found in magnitudes.items()}
         finite = [False] * len(outs)
         for sources, numbers, _ in groups:
@@ -91,15 +94,6 @@ class Tiles:
                 finite[number] = bound < _limit(outs[number].dtype)
         return finite
 
-    def _pair(self, which: int, compute: torch.dtype) -> torch.Tensor:
-        """Returns the memory for the sums, or for the products, of all outputs that are made at once: the end of the
-        memory, behind the slots."""
-        import torch
-
-        nbytes = self._at_once * self._elems * 8
-        begin = TILE_BYTES - (which + 1) * nbytes
-        return torch.frombuffer(self._memory[begin : begin + nbytes], dtype=compute)
-
     def _groups(self, kernels: Sequence[Summed]) -> list[tuple[tuple[int, ...], list[int]]]:
         """Returns the numbers of outputs that are made at once, with the sources that they sum, in their order."""
         alike: dict[tuple[tuple[int, ...], bool, bool], list[int]] = {}
@@ -107,9 +101,9 @@ class Tiles:
             sources = tuple(models) if base is None else (*models, base)
             alike.setdefault((sources, base is None, kernel.divisor == 1), []).append(number)
         return [
-            (sources, numbers[begin : begin + self._at_once])
+            (sources, numbers[begin : begin + _AT_ONCE])
             for (sources, _, _), numbers in alike.items()
-            for begin in range(0, len(numbers), self._at_once)
+            for begin in range(0, len(numbers), _AT_ONCE)
         ]
 
 
