@@ -95,6 +95,7 @@ class MergeMethod:
     one more model), or "unused". ``row(shape, values)``: how many elements belong together. ``passes``: whether the
     method reads the group before it makes its kernel. ``pointwise``: whether each number depends only on the models'
     numbers at the same place, not on the name, the shape or other numbers; short tensors may then be computed together.
+    ``sums``: whether its kernel is a weighted sum of the models (:class:`~streammerge.methods.linear.Combination`).
     ``buffers``: how many chunk-long buffers the method holds at once, torch's temporaries included;
     ``buffers_per_model``: how many more for each model. ``searches``: how many ranks it searches at once, per model.
     ``row_buffers``: how many float64 rows its passes hold. ``kept_bits``: how many bits of each element it keeps for a
@@ -116,6 +117,7 @@ class MergeMethod:
     row: Callable[[tuple[int, ...], Values], int] | None = None
     passes: bool = True
     pointwise: bool = False
+    sums: bool = False
     buffers: int = 8
     buffers_per_model: int = 0
     searches: int = 0

@@ -97,7 +97,9 @@ def check_normal(values: Values) -> None:
 
 
 # A running sum costs no more in float64, and its result is then the exact mean rounded once.
-@merge_method("linear", base="unused", passes=False, pointwise=True, buffers=2, compute="float64", check=check_normal)
+@merge_method(
+    "linear", base="unused", passes=False, pointwise=True, sums=True, buffers=2, compute="float64", check=check_normal
+)
 def linear(group: TensorGroup, *, weight: PerModel = (1.0,), normalize: bool = True) -> Kernel:
     r"""Weighted mean of the models.
 
@@ -114,7 +116,7 @@ def linear(group: TensorGroup, *, weight: PerModel = (1.0,), normalize: bool = T
     return combination(weight, divisor=sum(weight) if normalize else 1.0)
 
 
-@merge_method("n_average", base="unused", passes=False, pointwise=True, buffers=2, compute="float64")
+@merge_method("n_average", base="unused", passes=False, pointwise=True, sums=True, buffers=2, compute="float64")
 def n_average(group: TensorGroup) -> Kernel:
     r"""Plain mean of the models: linear with equal weights.
 
@@ -145,7 +147,9 @@ def _check_decay(values: Values) -> None:
         raise RecipeError(f"ema takes a decay from 0 to below 1, not {values['decay']:g}")
 
 
-@merge_method("ema", base="unused", passes=False, pointwise=True, buffers=2, compute="float64", check=_check_decay)
+@merge_method(
+    "ema", base="unused", passes=False, pointwise=True, sums=True, buffers=2, compute="float64", check=_check_decay
+)
 def ema(group: TensorGroup, *, decay: float = 0.9) -> Kernel:
     r"""Exponential moving average over the models in their order, the oldest first.
 

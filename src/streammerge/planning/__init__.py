@@ -26,6 +26,7 @@ Each module imports only modules above it::
     announced     what configurations say of the tensors
     repeated      tensors that a task reads more than once
     staying       how much of each of them stays in memory
+    summed        tensors whose many models are summed by products
     costs         the memory that tasks take
     plan          Plan, build_plan
     unwritten     files that are planned and not written

@@ -3,7 +3,7 @@
     peak = RUN + tensors * PER_TENSOR + tasks * PER_TASK + columns * PER_COLUMN + rows * PER_ROW + together * PER_CHECKED
            + pieces * PER_PIECE + pickles + spooling + spread + remote
            + workers * (PER_WORKER + beside + passes + out + chunk_elems * bytes_per_element + scratch + tiles * tile
-                        + remembered + inputs * huge_pages(window + chunk_elems * input_bytes))
+                        + remembered + summed + inputs * huge_pages(window + chunk_elems * input_bytes))
 
 Every buffer the engine uses is a term here, and the engine takes its buffers from :func:`regions`, so the model cannot
 drift from what is allocated.
@@ -77,7 +77,8 @@ class Cost(NamedTuple):
     alone. ``spread_bytes``: memory for the passes of a tensor that all workers share. Readers of nested sources need:
     ``scratch`` bytes of their own regions, ``shared`` bytes of the region that they share, ``tiles`` tiles, and ``held``
     bytes outside the worker's buffers. To remember what they read several times they can use ``remembered`` bytes, and need
-    ``passing`` bytes for each element of a chunk beside ``lag`` bytes.
+    ``passing`` bytes for each element of a chunk beside ``lag`` bytes. ``summed``: bytes for sums by
+    products, if tensors can be summed so.
     """
 
     compute: int
@@ -97,6 +98,7 @@ class Cost(NamedTuple):
     remembered: int = 0
     passing: int = 0
     lag: int = 0
+    summed: int = 0
 
     @property
     def element_bytes(self) -> int:
@@ -117,7 +119,7 @@ class Budget(NamedTuple):
     ``out_bytes`` at once, keeps ``window_bytes`` of each input mapped behind its cursor, and uses tiles of ``tile_bytes``.
     ``ahead_bytes``: blocks of remote inputs, of all workers together; 0 without such inputs. ``remembered_bytes``: what
     each worker has for tensors that are read several times through merges. ``streams``: the most remote files that a worker
-    reads at one time.
+    reads at one time. ``summed_bytes``: what each worker has for sums by products; 0 if it makes none.
     """
 
     workers: int
@@ -130,6 +132,7 @@ class Budget(NamedTuple):
     ahead_bytes: int = 0
     remembered_bytes: int = 0
     streams: int = 0
+    summed_bytes: int = 0
 
     @property
     def kept_bytes(self) -> int:
@@ -160,6 +163,7 @@ def regions(budget: Budget) -> dict[str, tuple[int, int]]:
         "reader tiles": cost.tiles * budget.tile_bytes,
         "reader shared": cost.shared,
         "remembered": budget.remembered_bytes,
+        "summed": budget.summed_bytes,
     }
     made, cursor = {}, 0
     for name, size in sizes.items():
@@ -211,6 +215,7 @@ class _Sizes(NamedTuple):
     tile: int
     ahead: int
     remembered: int
+    summed: int
 
 
 def _chunks(cost: Cost) -> Iterator[int]:
@@ -231,16 +236,16 @@ def _sizes(cost: Cost, load: Load, workers: int, chunk: int, halvings: int, reme
     least_ahead = max(_LEAST_AHEAD_BYTES, workers * load.streams * LEAST_STREAM_BYTES)
     ahead = max(BEST_AHEAD_BYTES >> halvings, least_ahead) if load.streams else 0
     passing = 0 if last else min(cost.passing * chunk + cost.lag, cost.remembered)
-    return _Sizes(
-        chunk, max(BEST_OUT_BYTES >> halvings, cost.out * chunk), window, tile, ahead, max(passing, remembered_bytes)
-    )
+    summed = 0 if last else cost.summed
+    out = max(BEST_OUT_BYTES >> halvings, cost.out * chunk)
+    return _Sizes(chunk, out, window, tile, ahead, max(passing, remembered_bytes), summed)
 
 
 def _peak_bytes(cost: Cost, load: Load, workers: int, sizes: _Sizes) -> int:
     """Returns the memory of a run with so many workers. The module's docstring has the formula."""
     mapped = _huge_pages(sizes.window + sizes.chunk * cost.mapped) if cost.mapped else 0
     kept = cost.inputs * (mapped + sizes.window * cost.keeps)
-    nested = cost.scratch + cost.shared + cost.tiles * sizes.tile + cost.held + sizes.remembered
+    nested = cost.scratch + cost.shared + cost.tiles * sizes.tile + cost.held + sizes.remembered + sizes.summed
     own = PER_WORKER_BYTES + load.beside_bytes + cost.passes_bytes + sizes.out + sizes.chunk * cost.element_bytes
     return load.fixed_bytes + cost.spread_bytes + sizes.ahead + workers * (own + kept + nested)
 
@@ -259,7 +264,7 @@ def fit(memory_bytes: int, workers: int, cost: Cost, load: Load, remembered_byte
                 needed = _peak_bytes(cost, load, count, sizes)
                 if needed <= memory_bytes:
                     own = (sizes.out, sizes.window, cost, needed, sizes.tile, sizes.ahead, sizes.remembered, load.streams)
-                    return Budget(count, chunk, *own)
+                    return Budget(count, chunk, *own, sizes.summed)
     *_, least_chunk = _chunks(cost)
     least = _peak_bytes(cost, load, 1, _sizes(cost, load, 1, least_chunk, _MOST_HALVINGS, 0))
     rows = f" with rows of {cost.row} elements, which are held whole" if cost.row > GRAIN else ""

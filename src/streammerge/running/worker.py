@@ -16,6 +16,7 @@ from streammerge.kernels.chunk import Chunk, Kernel, Look, Step, chunk_spans
 from streammerge.kernels.group import TensorGroup
 from streammerge.kernels.pass_results import PassResults
 from streammerge.kernels.spill import Spill
+from streammerge.planning.summed import is_summed
 from streammerge.planning.tasks import MergeTask, Piece, PieceDone, as_one_piece, stretches
 from streammerge.running.executors.base import Host
 from streammerge.running.job import Bench, Job, Target
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     from streammerge.running.measuring import Measuring, Taking
+    from streammerge.running.summing import Summing
 
 T = TypeVar("T")
 
@@ -317,22 +319,45 @@ class MergeWorker(Worker):
         value, nonfinite, taking = 0, dict[str, int](), None
         if self._measuring is not None and piece.task.out.dtype.kind == "float":
             taking = self._measuring.begin(row, stretch or [piece], source)
+        sums = self._sums_of(kernel, piece.task, source) if taking is None else None
         for chunk in self.chunks(piece.task, source, piece.start, piece.stop, taking=taking):
-            part = put(kernel, chunk, piece.task, source, outgoing, nonfinite)
+            part = put(kernel, chunk, piece.task, source, outgoing, nonfinite, sums)
             value = self.job.checksum.update(part, value)
             if taking is not None:
                 taking.made(part)
         return done_of(piece, value, nonfinite)
 
+    def _sums_of(self, kernel: Kernel, task: MergeTask, source: Inputs) -> Summing | None:
+        """Returns the way to make a kernel's sums by products. None if it is no weighted sum of many models."""
+        memory = self.workspace.octets("summed")
+        if not memory or not is_summed(task):
+            return None
+        from streammerge.running.summing import summing  # here, because most merges are of few models
+
+        return summing(kernel, task, memory, self.workspace, source)
+
 
 def put(
-    kernel: Kernel, chunk: Chunk, task: MergeTask, source: Numbers, outgoing: Outgoing, nonfinite: dict[str, int]
+    kernel: Kernel,
+    chunk: Chunk,
+    task: MergeTask,
+    source: Numbers,
+    outgoing: Outgoing,
+    nonfinite: dict[str, int],
+    sums: Summing | None = None,
 ) -> memoryview:
     """Computes a chunk of a task. Returns its bytes, which are the last in ``outgoing``. Counts NaN and infinity by source
-    in ``nonfinite``."""
+    in ``nonfinite``. ``sums``: another way to the kernel's numbers."""
     import torch
 
-    result, dtype = kernel(chunk), task.out.dtype.component
+    dtype = task.out.dtype.component
+    if sums is not None:
+        part = outgoing.room(chunk.elems * dtype.element_bytes)
+        out = torch.frombuffer(part, dtype=dtype.torch)
+        if not sums.sums(chunk.start, chunk.stop, out):
+            count_nonfinite(out, kernel, chunk, task, source, nonfinite)
+        return part
+    result = kernel(chunk)
     if result.numel() != chunk.elems:
         raise ValueError(f"its kernel made {result.numel()} numbers of a chunk of {chunk.elems}")
     part = outgoing.room(chunk.elems * dtype.element_bytes)

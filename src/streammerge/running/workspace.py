@@ -174,33 +174,42 @@ class Spans:
     """
 
     def __init__(self, most_bytes: int) -> None:
-        self._most = most_bytes
+        self._most, self._held = most_bytes, 0
         self._spans: _Spans = {}
 
     def add(self, ranges: Sequence[tuple[Input, int, int]]) -> None:
         """Adds (file, begin, end) of bytes that are touched next. Releases the earlier ranges before, if all would be too
         many together."""
-        together = _widened(self._spans.copy(), ranges)
-        if sum([high - low for _, low, high in together.values()]) > self._most:
+        wider = _widened(self._spans, ranges)  # only these, since there may be many files
+        more = sum([high - low - self._length(number) for number, (_, low, high) in wider.items()])
+        if self._held + more > self._most:
             for known, low, high in self._spans.values():
                 file = known()
                 if file is not None:
                     file.release(low, high - low)
-            together = _widened({}, ranges)
-        self._spans = together
+            self._spans, self._held = {}, 0
+            wider = _widened({}, ranges)
+            more = sum([high - low for _, low, high in wider.values()])
+        self._spans.update(wider)
+        self._held += more
+
+    def _length(self, number: int) -> int:
+        known = self._spans.get(number)
+        return known[2] - known[1] if known is not None else 0
 
 
 _Spans = dict[int, tuple["weakref.ref[Input]", int, int]]
 
 
 def _widened(spans: _Spans, ranges: Sequence[tuple[Input, int, int]]) -> _Spans:
-    """Adds the ranges to the range of each file."""
+    """Returns the range of each of these files with the ranges added."""
+    made: _Spans = {}
     for file, begin, end in ranges:
-        known = spans.get(id(file))
+        known = made.get(id(file)) or spans.get(id(file))
         if known is not None and known[0]() is file:
             begin, end = min(known[1], begin), max(known[2], end)
-        spans[id(file)] = weakref.ref(file), begin, end
-    return spans
+        made[id(file)] = weakref.ref(file), begin, end
+    return made
 
 
 class Inputs:
@@ -221,7 +230,7 @@ class Inputs:
         keep_bytes: int,
         halt: Callable[[], None],
     ) -> None:
-        self._sources, self._workspace, self._mapped = sources, workspace, mapped
+        self._files, self._sources, self._workspace, self._mapped = files, sources, workspace, mapped
         self._dtypes = [s.spec.dtype.component for s in sources]
         self._stored = [(files.get(s.path), s.offset) if s.__class__ is Stored else None for s in sources]
         self._readers: list[Reader | None] | None = None
@@ -309,6 +318,30 @@ class Inputs:
         begin, end = self._looked[source]
         self._looked[source] = (begin, stop) if start == end else (start, stop)
         self._workspace.asked_bytes += (stop - start) * self._dtypes[source].element_bytes
+
+    def fill(self, source: int, start: int, stop: int, out: memoryview) -> None:
+        """Reads as :meth:`read` does, but into ``out``."""
+        self.read_into(source, start + self.first, stop + self.first, out)
+
+    def place(self, source: int, start: int, stop: int) -> tuple[Input, int] | None:
+        """Returns the file and the offset of elements that are read next, if they lie there together as they are. Counts
+        them as read. Returns None where :meth:`fill` must be asked."""
+        start, stop = start + self.first, stop + self.first
+        stored, size = self._stored[source], self._dtypes[source].element_bytes
+        if self._remote:
+            return None
+        if stored is not None:
+            found = stored[0], stored[1] + start * size
+        else:
+            reader = self._readers[source] if self._readers else None
+            known = None if reader is None else reader.place(start, stop)
+            if known is None:
+                return None
+            file = self._files.get(known[0])
+            found = file, known[1]
+            self._workspace.read.add([(file, found[1], found[1] + (stop - start) * size)])
+        self._workspace.asked_bytes += (stop - start) * size
+        return found
 
     def read_into(self, source: int, start: int, stop: int, out: memoryview) -> None:
         """Reads the bytes of elements ``start`` to ``stop`` of a source into ``out``."""

@@ -131,6 +131,11 @@ class Reader(ABC):
         these elements, and returns it; or returns other memory that holds them and stays valid.
         """
 
+    def place(self, start: int, stop: int) -> tuple[BlobPath, int] | None:
+        """Returns the path and the offset of these elements if they lie together in one blob as they are. Else None, also
+        where that is not known."""
+        return None
+
 
 class Source(ABC):
     """A tensor as an expression: frozen plain data that can be pickled, without open files.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from streammerge.errors import RecipeError, printable
-from streammerge.sources.base import COPY_BYTES, Needs, Reader, Room, Source, region_bytes
+from streammerge.sources.base import COPY_BYTES, BlobPath, Needs, Reader, Room, Source, region_bytes
 from streammerge.tensors.spec import TensorSpec
 
 _LONG_BYTES = 16 << 10
@@ -93,6 +93,16 @@ class _Reader(Reader):
                 self._columns(row, column, column + end - at, out[(at - start) * size : (end - start) * size])
             at = end
         return out
+
+    def place(self, start: int, stop: int) -> tuple[BlobPath, int] | None:
+        row, begin = divmod(start, self._row)
+        number = bisect_right(self._ends, begin)
+        width = self._widths[number]
+        low = self._ends[number] - width
+        if begin + stop - start > self._ends[number]:
+            return None
+        begin += row * width - low
+        return self._readers[number].place(begin, begin + stop - start)
 
     def _columns(self, row: int, begin: int, end: int, out: memoryview) -> None:
         """Reads a range within one row, from each piece its part."""

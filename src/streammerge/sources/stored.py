@@ -64,3 +64,6 @@ class _Reader(Reader):
         self._file.read_into(out, begin)
         self._room.touched(self._source.path, begin, len(out))
         return out
+
+    def place(self, start: int, stop: int) -> tuple[BlobPath, int]:
+        return self._source.path, self._source.offset + start * self._size

@@ -123,10 +123,10 @@ class InputFile(Input):
                 system.drop_cached(fd, start, stop - start)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        done = 0
         with self.descriptor as fd:
+            done = system.pread_into(fd, buffer, offset)
             while done < len(buffer):
-                count = system.pread_into(fd, buffer[done:], offset + done)
+                count = system.pread_into(fd, buffer[done:], offset + done) if done else 0
                 if count == 0:
                     raise self.ended(offset, len(buffer))
                 done += count
