@@ -27,6 +27,7 @@ Each module imports only modules above it::
     repeated      tensors that a task reads more than once
     staying       how much of each of them stays in memory
     summed        tensors whose many models are summed by products
+    plain         tensors that need no torch
     costs         the memory that tasks take
     plan          Plan, build_plan
     unwritten     files that are planned and not written

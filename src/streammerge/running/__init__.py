@@ -12,6 +12,7 @@ Each module imports only modules above it::
     announcing what workers read next
     tiles      weighted sums of several outputs, from numbers that are converted once
     summing    weighted sums of many models, as products
+    plain      weighted sums by numpy
     worker     units of a merge, from inputs to written bytes
     sweeping   steps of a pass over a long tensor
     engine     gives all tensors of a run to workers

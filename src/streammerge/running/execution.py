@@ -15,7 +15,7 @@ from streammerge.planning.plan import Plan
 from streammerge.running import process
 from streammerge.running.finished import MeasuredTasks
 from streammerge.running.readback import receipt_of
-from streammerge.running.session import Run, RunOptions
+from streammerge.running.session import Run, RunOptions, needs_torch
 from streammerge.running.workspace import prepare_torch
 from streammerge.stores import descriptors, faults
 from streammerge.stores.base import Location, Staging
@@ -93,13 +93,15 @@ def execute(plan: Plan, options: RunOptions, resident_before: int) -> Result:
     refuse_input_as_output(out, plan)
     refuse_to_lose_files(out, plan)
     headers = max(process.resident_bytes() - resident_before, 0)
-    tell_and_prepare(plan, options.listener)
+    tell_and_prepare(plan, options.listener, needs_torch(plan, options.measures))
+    late = process.late_bytes()
     startup, began = process.resident_bytes() - headers, time.perf_counter()
     options.listener(RunStarted(plan.read_bytes, plan.write_bytes, plan.memory_bytes, len(plan.tasks)))
     files = len(plan.identities) + len(plan.layout.files) + len(plan.layout.side_files)
     with space_checked(out, plan.disk_bytes), descriptors.room_for(files, plan.budget.workers):
         made = _produce(plan, out.stage(options.overwrite), options)
     seconds = time.perf_counter() - began
+    startup += process.late_bytes() - late
     options.listener(RunFinished(seconds))
     return Result(
         out,
@@ -122,7 +124,7 @@ def _produce(plan: Plan, staging: Staging, options: RunOptions) -> Run:
     """Makes and commits the output. On an error, keeps nothing, or only what the next run can continue from."""
     with started(plan, staging, options) as run:
         made = run()
-        alone = one_torch_thread() if plan.torch_needed else nullcontext()
+        alone = one_torch_thread() if made.torch_needed else nullcontext()
         with faults.survived(), process.collector_spared(), alone:
             made.make()
         publish(made, options)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 _GAUGE_SECONDS = 0.1
 _STATUS, _ROLLUP = Path("/proc/self/status"), Path("/proc/self/smaps_rollup")
+_late_bytes = _late_own_bytes = 0
 _PAGES = Path("/proc/self/statm")
 """Linux tells there in pages: all of the address space, and what of it is resident."""
 
@@ -67,6 +68,24 @@ class Gauge:
         return self._value
 
 
+@contextlib.contextmanager
+def of_startup() -> Iterator[None]:
+    """Counts the memory that the block takes as start-up: what is loaded late is no run's own."""
+    global _late_bytes, _late_own_bytes
+    before = _status()
+    resident = resident_bytes()
+    try:
+        yield
+    finally:
+        _late_bytes += max(resident_bytes() - resident, 0)
+        _late_own_bytes += max(_status().get("RssAnon", 0) - before.get("RssAnon", 0), 0)
+
+
+def late_bytes() -> int:
+    """Returns the memory so far of all blocks under :func:`of_startup`."""
+    return _late_bytes
+
+
 def reset_peak() -> None:
     """Resets :func:`peak_resident_bytes` if the kernel supports it."""
     with contextlib.suppress(OSError):
@@ -87,7 +106,7 @@ class Growth:
 
     def __init__(self) -> None:
         reset_peak()
-        self._start = _status()
+        self._start, self._late = _status(), _late_own_bytes
 
     def most(self) -> int:
         """Returns the largest resident set above the start, in bytes. Call it when no data file is mapped any more."""
@@ -95,7 +114,8 @@ class Growth:
         if "VmHWM" not in now:
             return 0
         libraries, new = now["RssFile"] - self._start["RssFile"], now["RssAnon"] - self._start["RssAnon"]
-        return max(now["VmHWM"] - self._start["VmRSS"] - libraries, 0) + max(_own_bytes() - max(new, 0), 0)
+        late = _late_own_bytes - self._late
+        return max(now["VmHWM"] - self._start["VmRSS"] - libraries - late, 0) + max(_own_bytes() - max(new, 0), 0)
 
 
 def _own_bytes() -> int:

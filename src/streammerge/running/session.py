@@ -15,6 +15,7 @@ from streammerge.errors import RecipeError, SpaceError, UncheckedError, VerifyEr
 from streammerge.events import Hashed, Listener, Resumed, Spooled, Syncing, TaskDone, Told, quiet
 from streammerge.kernels.agreed import AGREED
 from streammerge.planning.digest import can_be_resumed, differences, plan_parts
+from streammerge.planning.plain import needs_no_torch
 from streammerge.planning.plan import Plan
 from streammerge.planning.receipt import ITSELF, written_like
 from streammerge.planning.tasks import Piece, PieceDone, alike, pieces
@@ -59,6 +60,11 @@ class RunOptions:
     measures: bool = False
 
 
+def needs_torch(plan: Plan, measures: bool = False) -> bool:
+    """Whether a run of the plan loads torch first. ``measures``: see :class:`RunOptions`."""
+    return plan.torch_needed and (measures or not needs_no_torch(plan.tasks))
+
+
 class Run:
     """Makes one output. ``journal``: the pieces that would be kept if the run ended now.
 
@@ -83,7 +89,9 @@ class Run:
         self._kind: Checksum = plan.layout.receipt.kind
         self._polite, self._executors = options.polite, executor_of(plan, options.executor)
         clients = {module for path in plan.identities for module in path.store.modules}
-        self._modules = modules_of(plan.tasks, self._kind, plan.torch_needed) + tuple(sorted(clients))
+        self.torch_needed = needs_torch(plan, options.measures)
+        plain = ("numpy", "streammerge.running.plain") if plan.torch_needed and not self.torch_needed else ()
+        self._modules = (*modules_of(plan.tasks, self._kind, self.torch_needed), *plain, *sorted(clients))
         self._used: Executor | None = None
         self._sealing: Sealing | None = None
         staging.as_folder = plan.layout.as_folder

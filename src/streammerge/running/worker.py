@@ -21,16 +21,18 @@ from streammerge.planning.tasks import MergeTask, Piece, PieceDone, as_one_piece
 from streammerge.running.executors.base import Host
 from streammerge.running.job import Bench, Job, Target
 from streammerge.running.nonfinite import Numbers, may_be_nonfinite, nonfinite_of
-from streammerge.running.workspace import Inputs, Outgoing
+from streammerge.running.workspace import Inputs, Outgoing, load_torch
 from streammerge.sources.stored import Stored
 from streammerge.stores.digests import COPY_BYTES
 from streammerge.stores.libc import return_large_blocks
-from streammerge.tensors.spec import ranges
+from streammerge.tensors.spec import GRAIN, ranges
+from streammerge.tensors.threads import one_torch_thread
 
 if TYPE_CHECKING:
     import torch
 
     from streammerge.running.measuring import Measuring, Taking
+    from streammerge.running.plain import PlainNumbers
     from streammerge.running.summing import Summing
 
 T = TypeVar("T")
@@ -105,6 +107,7 @@ class MergeWorker(Worker):
         self._passes, self._alone = work.passes, work.alone
         self._kernel: Kernel | None = None
         self._measuring: Measuring | None = None
+        self._numbers: PlainNumbers | None = None
 
     def run(self, batch: list[Piece]) -> list[PieceDone]:
         """Computes and writes pieces. Errors that are not streammerge's own come out as TaskError."""
@@ -264,9 +267,34 @@ class MergeWorker(Worker):
         with failures(piece.task, piece.start, piece.stop):
             if piece.task.verbatim:
                 return self._copy(piece, outgoing)
+            if "torch" not in self.job.modules:
+                return self._plain(piece, outgoing)
             self.one_torch_thread()
             source = self.source(piece.task, keep=piece.task.method.passes and self._passes is None)
             return self._apply(self._kernel_of(piece.task, source), piece, source, outgoing, row, stretch)
+
+    def _plain(self, piece: Piece, outgoing: Outgoing) -> PieceDone:
+        """Makes a piece by numpy. Loads torch for chunks with NaN or infinity."""
+        from streammerge.running.plain import PlainNumbers  # here, because most merges are made by torch
+
+        task, value, nonfinite = piece.task, 0, dict[str, int]()
+        elems = min(self.job.budget.chunk_elems, GRAIN)
+        if self._numbers is None:
+            self._numbers = PlainNumbers(self.workspace.octets("slots"))
+        source = self.source(task, keep=False)
+        for start, stop in chunk_spans(piece.start, piece.stop, elems, 1):
+            self.host.check()
+            source.move_to(start, stop)
+            part = outgoing.room((stop - start) * task.out.dtype.element_bytes)
+            if not self._numbers.put(task, source, start, stop, part):
+                outgoing.take_back(len(part))
+                load_torch()
+                with one_torch_thread():
+                    kernel = bind(task, _no_sweep)
+                    for chunk in self.chunks(task, source, start, stop):
+                        part = put(kernel, chunk, task, source, outgoing, nonfinite)
+            value = self.job.checksum.update(part, value)
+        return done_of(piece, value, nonfinite)
 
     def _copy(self, piece: Piece, outgoing: Outgoing) -> PieceDone:
         whole = piece.task.sources[0]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import sys
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from streammerge.errors import RecipeError, printable
 from streammerge.kernels.chunk import Slot, shown
 from streammerge.planning.budget import Budget, regions
+from streammerge.running import process
 from streammerge.sources.base import BlobPath, File, Reader, Source, region_bytes
 from streammerge.sources.remembered import Remembered
 from streammerge.sources.stored import Stored
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _MOST_VIEWS = 256
 _REGIONS = ("read0", "read1")
+_loading = threading.Lock()
 
 
 def prepare_torch() -> None:
@@ -52,6 +56,14 @@ def prepare_torch() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.frombuffer(b"\0", dtype=torch.uint8)
+
+
+def load_torch() -> None:
+    """Loads torch in the middle of a run that seemed to need none. Several workers may call it at once."""
+    with _loading:
+        if "torch" not in sys.modules:
+            with process.of_startup():
+                prepare_torch()
 
 
 class Workspace:
@@ -312,6 +324,17 @@ class Inputs:
         if made is not part:
             return torch.frombuffer(made, dtype=dtype.torch)
         return self._workspace.numbers(region, dtype.torch, elems)
+
+    def raw(self, source: int, start: int, stop: int) -> memoryview:
+        """Returns the bytes of elements ``start`` to ``stop`` of a source. Valid until the next call but one."""
+        start, stop, size = start + self.first, stop + self.first, self._dtypes[source].element_bytes
+        stored = self._stored[source] if self._mapped else None
+        if stored is not None:
+            self._workspace.asked_bytes += (stop - start) * size
+            return stored[0].view(stored[1] + start * size, (stop - start) * size)
+        region = _REGIONS[self._next_read]
+        self._next_read ^= 1
+        return self._read_bytes(source, start, stop, self._workspace.octets(region, (stop - start) * size))
 
     def _look(self, source: int, start: int, stop: int) -> None:
         """Counts mapped elements that a worker looks at. It looks at those of a chunk several times, and asks once."""

@@ -1,0 +1,167 @@
+"""Weighted sums, conversions and integers by numpy, with the bytes that the method's kernel makes with torch.
+
+The numbers of the kernel are made in the same order: each product in float64 is rounded, then each sum, then the quotient,
+and the result is rounded to float32, and from there to a shorter dtype.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from streammerge.kernels.adding import exact_reciprocal
+from streammerge.kernels.group import TensorGroup
+from streammerge.methods.linear import Combination, combination
+from streammerge.methods.registry import COPY, INTEGERS
+from streammerge.planning.tasks import MergeTask
+from streammerge.tensors.dtypes import DType
+from streammerge.tensors.spec import ranges
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    _Array = np.ndarray[Any, np.dtype[Any]]
+
+_ELEMS = 1 << 13
+"""Numbers that are converted at once: with all that is made of them, they fit a core's own cache."""
+_WORDS = {DType.F64: "u8", DType.F32: "u4", DType.BF16: "u2", DType.F16: "u2"}
+_FLOATS = {DType.F64: "f8", DType.F32: "f4", DType.F16: "f2"}
+_EXPONENTS = {DType.F64: 0x7FF << 52, DType.F32: 0xFF << 23, DType.F16: 0x1F << 10}
+"""Bits of the exponent. All are set in infinity and NaN."""
+_MAGNITUDE, _ROUNDED_UP = 0x7FFFFFFF, 0x7F7F8000
+"""Bits of a float32 without its sign, and those of the least one that is infinite as bfloat16."""
+
+
+_WHOLE = {
+    DType.BOOL: "?", DType.I8: "i1", DType.I16: "i2", DType.I32: "i4", DType.I64: "i8",
+    DType.U8: "u1", DType.U16: "u2", DType.U32: "u4", DType.U64: "u8",
+}  # fmt: skip
+"""Dtypes whose largest numbers numpy finds."""
+
+
+class Octets(Protocol):
+    """The bytes of a task's sources, as :class:`~streammerge.running.workspace.Inputs` has them."""
+
+    def raw(self, source: int, start: int, stop: int, /) -> memoryview: ...
+
+
+def _combination_of(task: MergeTask) -> Combination:
+    """Returns the kernel of a weighted sum. It depends on no tensor, and not on torch. A conversion is such a sum too."""
+    if task.method is COPY:
+        return combination((1.0,))
+    none: Any = None
+    group = TensorGroup(task.out.name, task.shape, len(task.sources), none, none)
+    kernel = task.method.bind(group, task.parameters)
+    if not isinstance(kernel, Combination) or kernel.of_base:
+        raise TypeError(f"{task.method.name} is declared as a weighted sum of models, but its kernel is none")
+    return kernel
+
+
+class PlainNumbers:
+    """Makes numbers for one worker. ``memory``: a float64 for each element that is asked for at once. Conversions need
+    none."""
+
+    def __init__(self, memory: memoryview) -> None:
+        import numpy as np
+
+        self._task: MergeTask | None = None
+        self._kernel = combination((1.0,))
+        self._totals = np.frombuffer(memory, np.float64) if memory else np.empty(0)
+        self._term, self._single, self._words = np.empty(_ELEMS), np.empty(_ELEMS, np.float32), np.empty(_ELEMS, np.uint32)
+
+    def put(self, task: MergeTask, source: Octets, start: int, stop: int, into: memoryview) -> bool:
+        """Writes elements ``start`` to ``stop`` of a task into memory. Returns whether they are the kernel's for certain.
+
+        They are not if there are NaN or infinities, or where the kernel raises an error.
+        """
+        if task.method is INTEGERS:
+            return _settle(task, source, start, stop, into)
+        if self._task is not task:
+            self._task, self._kernel = task, _combination_of(task)
+        return self._sum(task, self._kernel, source, start, stop, into)
+
+    def _sum(self, task: MergeTask, kernel: Combination, source: Octets, start: int, stop: int, into: memoryview) -> bool:
+        """Writes a weighted sum. Returns whether all numbers are finite."""
+        import numpy as np
+
+        elems, finite = stop - start, True
+        last, totals = len(kernel.weights) - 1, self._totals[: stop - start]
+        factor, made = exact_reciprocal(kernel.divisor), np.frombuffer(into, _WORDS[task.out.dtype])
+        with np.errstate(all="ignore"):
+            for number, weight in enumerate(kernel.weights):
+                dtype = task.sources[number].spec.dtype
+                words = np.frombuffer(source.raw(number, start, stop), _WORDS[dtype])
+                for a, b in ranges(elems, _ELEMS):
+                    total = totals[a:b] if last else self._term[: b - a]
+                    term = self._term[: b - a] if number else total
+                    self._load(words[a:b], dtype, term)
+                    if weight != 1:
+                        np.multiply(term, weight, out=term)
+                    if number:
+                        np.add(total, term, out=total)
+                    if number < last:
+                        continue
+                    if factor is None:
+                        np.divide(total, kernel.divisor, out=total)
+                    elif factor != 1:
+                        np.multiply(total, factor, out=total)
+                    finite &= self._round(total, made[a:b], task.out.dtype)
+        return finite
+
+    def _load(self, words: _Array, dtype: DType, out: _Array) -> None:
+        import numpy as np
+
+        if dtype != DType.BF16:
+            np.copyto(out, words.view(_FLOATS[dtype]))
+            return
+        wide, single = self._words[: len(words)], self._words[: len(words)].view(np.float32)
+        np.copyto(wide, words)
+        np.left_shift(wide, 16, out=wide)
+        np.copyto(out, single)
+
+    def _round(self, totals: _Array, out: _Array, dtype: DType) -> bool:
+        """Rounds to the nearest number, to the even one of two, by way of float32 as torch does. Returns whether all are
+        finite."""
+        import numpy as np
+
+        if dtype in (DType.F64, DType.F32):
+            np.copyto(out.view(_FLOATS[dtype]), totals, casting="same_kind")
+        else:
+            single = self._single[: len(totals)]
+            np.copyto(single, totals, casting="same_kind")
+            if dtype == DType.F16:
+                np.copyto(out.view(np.float16), single, casting="same_kind")
+            else:
+                bits, odd = single.view(np.uint32), self._words[: len(totals)]
+                if int(np.bitwise_and(bits, _MAGNITUDE, out=odd).max(initial=0)) >= _ROUNDED_UP:
+                    return False  # here, because the bits of NaN may be rounded to those of a number
+                np.right_shift(bits, 16, out=odd)
+                np.bitwise_and(odd, 1, out=odd)
+                np.add(odd, 0x7FFF, out=odd)
+                np.add(bits, odd, out=bits)
+                np.right_shift(bits, 16, out=bits)
+                np.copyto(out, bits, casting="same_kind")
+                return True
+        exponent = _EXPONENTS[dtype]
+        return int(np.bitwise_and(out, out.dtype.type(exponent)).max(initial=0)) < exponent
+
+
+def _settle(task: MergeTask, source: Octets, start: int, stop: int, into: memoryview) -> bool:
+    """Settles values of one dtype, as :func:`~streammerge.methods.exact.integers` does. Returns whether it is done."""
+    import numpy as np
+
+    policy, last, dtype = task.parameters["policy"], len(task.sources) - 1, task.out.dtype
+    into[:] = source.raw(last if policy == "last" else 0, start, stop)
+    if policy not in ("error", "max"):
+        return True
+    number = _WHOLE.get(dtype)
+    for model in range(1, last + 1):
+        other = source.raw(model, start, stop)
+        if policy == "error":
+            if other != into:
+                return False
+        elif number is None:
+            return False
+        else:
+            made = np.frombuffer(into, number)
+            np.maximum(made, np.frombuffer(other, number), out=made)
+    return True
