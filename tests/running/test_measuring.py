@@ -185,3 +185,14 @@ def test_a_plain_merge_measures_nothing(tmp_path: Path) -> None:
     merged = sm.merge([tmp_path / f"{name}.safetensors" for name in "ab"], tmp_path / "out.safetensors")
     assert merged.measured is not None
     assert not any(merged.measured.distances())
+
+
+@pytest.mark.parametrize("skipped", [0, 5])
+def test_pieces_that_are_made_as_one_have_their_own_samples(skipped: int) -> None:
+    sizes = (40, 256, 257, 1000, 65_536, 65_537, 3, 32_768, 70_000)
+    length = sum(sizes) - skipped - 60_000  # the last piece goes on in another chunk
+    wanted, begin = list[int](), -skipped
+    for size in sizes:
+        wanted += [begin + place for place in measuring.places(size).tolist() if 0 <= begin + place < length]
+        begin += size
+    assert measuring._of_many(sizes, skipped, length).places.tolist() == wanted

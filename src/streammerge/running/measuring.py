@@ -73,13 +73,14 @@ def spans(elems: int) -> tuple[int, ...]:
     return tuple((_spread(elems, _PARTS, _SPAN) // _SPAN * _SPAN).tolist())
 
 
-def _spread(elems: int, count: int, length: int, turn: int = 0) -> Array:
+def _spread(elems: int | Array, count: int, length: int, turn: int = 0) -> Array:
     """Returns where ``count`` spans of ``length`` begin, one in each of as many equal shares of ``elems``: multiples
-    of ``WINDOW``. ``turn``: another one gives other places in the shares."""
+    of ``WINDOW``. ``turn``: another one gives other places in the shares. A column of numbers of elements makes rows."""
     numbers = np.arange(count + 1)
     edges = numbers * elems // count
     turns = (numbers[:-1] + turn) * _GOLDEN % (1 << 32)
-    found: Array = edges[:-1] + (turns * (np.diff(edges) - length + 1) >> 32)
+    shares = edges[..., 1:] - edges[..., :-1]
+    found: Array = edges[..., :-1] + (turns * (shares - length + 1) >> 32)
     return found // WINDOW * WINDOW
 
 
@@ -364,13 +365,21 @@ class Taking:
 def _of_many(sizes: tuple[int, ...], skipped: int, length: int) -> _Sample:
     """Returns the sample in ``length`` elements of neighbouring pieces, counted from their begin. ``skipped``: elements of
     the first piece before these."""
-    found, counts, begin = list[Array](), list[int](), -skipped
-    for size in sizes:
-        whole = begin >= 0 and begin + size <= length
-        own = places(size) if whole else _of_one(size, max(-begin, 0), min(length - begin, size)).places
-        found.append(own + max(begin, 0))
+    lengths = np.array(sizes)
+    begins = np.cumsum(lengths) - lengths - skipped
+    of_one_size = (begins >= 0) & (begins + lengths <= length) & (lengths > _LEAST) & (lengths <= GRAIN)
+    windows = _spread(lengths[of_one_size, None], _LEAST // WINDOW, WINDOW) + begins[of_one_size, None]
+    alike = iter((windows[:, :, None] + np.arange(WINDOW)).reshape(len(windows), _LEAST))  # at once: calls are slow
+    found, counts = list[Array](), list[int]()
+    for size, begin, is_alike in zip(sizes, begins.tolist(), of_one_size.tolist(), strict=True):
+        if is_alike:
+            own = next(alike)
+        else:
+            whole = begin >= 0 and begin + size <= length
+            own = places(size) if whole else _of_one(size, max(-begin, 0), min(length - begin, size)).places
+            own = own + max(begin, 0)
+        found.append(own)
         counts.append(len(own))
-        begin += size
     rows = np.flatnonzero(counts)
     return _sample(np.concatenate(found), rows, (np.cumsum(counts) - counts)[rows])
 
