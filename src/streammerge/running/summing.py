@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from streammerge.kernels.chunk import Buffers, Chunk, Kernel
 from streammerge.methods.linear import Combination
-from streammerge.planning.summed import sizes
+from streammerge.planning.summed import sizes, summed_bytes
 from streammerge.planning.tasks import MergeTask
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import GRAIN, ranges
@@ -40,7 +40,10 @@ def summing(
     """Returns the way to make the sums of a task (:func:`is_summed`) in this memory. None if there is none."""
     if not isinstance(kernel, Combination) or not kernel.divisor:
         return None
-    return Summing(kernel, task.sources[0].spec.dtype, task.based, memory, buffers, source)
+    dtype = task.sources[0].spec.dtype
+    if summed_bytes(len(kernel.weights) + bool(kernel.of_base), dtype.element_bytes) > len(memory):
+        return None
+    return Summing(kernel, dtype, task.based, memory, buffers, source)
 
 
 class Sources(Protocol):
