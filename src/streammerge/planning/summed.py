@@ -9,7 +9,8 @@ LEAST = 6
 """So many models. Fewer are summed as fast one by one."""
 BESIDE = 8 + 8 + 4
 """Bytes beside an element of all sources: its sum, an end of the bound, and the result that belongs to it."""
-_DTYPES = (DType.BF16, DType.F16, DType.F32)
+_NARROW = (DType.BF16, DType.F16)
+_OUT = (*_NARROW, DType.F32)
 _WIDE_BYTES = 768 << 10
 """Numbers in float64 that a product is made of: a part of a core's own cache."""
 _ROWS_BYTES = 4 << 20
@@ -18,12 +19,13 @@ _STEP = 64
 
 
 def is_summed(task: MergeTask) -> bool:
-    """Whether so many models are summed that products are faster."""
+    """Whether so many models of 16-bit numbers are summed that products are faster. They are not with numbers of 32 bits,
+    which take as long to read into memory as products save."""
     sources = task.sources
     if not task.method.sums or len(sources) < LEAST or task.compute != "float64":
         return False
     first = sources[0].spec.dtype
-    return first in _DTYPES and task.out.dtype in _DTYPES and all(source.spec.dtype == first for source in sources)
+    return first in _NARROW and task.out.dtype in _OUT and all(source.spec.dtype == first for source in sources)
 
 
 def sizes(sources: int, element_bytes: int) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from streammerge.kernels.chunk import Buffers, Chunk, Kernel
 from streammerge.methods.linear import Combination
-from streammerge.planning.summed import sizes
+from streammerge.planning.summed import sizes, summed_bytes
 from streammerge.planning.tasks import MergeTask
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import GRAIN, ranges
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from streammerge.stores.base import Input
 
+_MOST_UNSURE_BYTES = 256 << 10
 _SMALLEST = 1e-290
 """A bound above this is not touched by what products lose that are too small for float64."""
 _UNIT = 2.0**-53
@@ -39,7 +40,10 @@ def summing(
     """Returns the way to make the sums of a task (:func:`is_summed`) in this memory. None if there is none."""
     if not isinstance(kernel, Combination) or not kernel.divisor:
         return None
-    return Summing(kernel, task.sources[0].spec.dtype, task.based, memory, buffers, source)
+    dtype = task.sources[0].spec.dtype
+    if summed_bytes(len(kernel.weights) + bool(kernel.of_base), dtype.element_bytes) > len(memory):
+        return None
+    return Summing(kernel, dtype, task.based, memory, buffers, source)
 
 
 class Sources(Protocol):
@@ -73,7 +77,9 @@ class Summing:
         upper = 8 * (wide + 2 * sums)
         self._upper, self._rows = memory[upper:], memory[upper + 4 * sums :]
         self._unsure: list[tuple[torch.Tensor, torch.Tensor]] = []
-        """Elements of the present chunk whose sums are not sure, and the numbers that they are made of."""
+        """Elements of the present chunk whose sums are not sure, and the numbers that they are made of. They wait, since
+        few cost as much as many."""
+        self._unsure_bytes = 0
 
     def sums(self, start: int, stop: int, out: torch.Tensor) -> bool:
         """Computes elements ``start`` to ``stop``, rounded into ``out``. Returns whether all are finite for certain."""
@@ -81,9 +87,8 @@ class Summing:
 
         limit, finite, size = torch.finfo(out.dtype).max / 4, True, self._dtype.element_bytes
         places = [self._source.place(row + self._first, start, stop) for row in range(self._count)]
-        self._unsure.clear()
         for a, b in ranges(stop - start, self._elems):
-            nbytes, begin = (b - a) * size, 0
+            nbytes, begin, together = (b - a) * size, 0, 0
             for row, place in enumerate(places):
                 part = self._rows[begin : begin + nbytes]
                 begin += nbytes
@@ -91,27 +96,26 @@ class Summing:
                     self._source.fill(row + self._first, start + a, start + b, part)
                 else:
                     place[0].read_into(part, place[1] + a * size)
-            most = self._block(self._rows[:begin], out[a:b], a)
+                together |= _any_bits(part)  # now, while the core's own cache holds it
+            most = self._all * _largest(together, self._rows[:begin], self._dtype)
+            self._block(self._rows[:begin], most, out[a:b], a)
             finite = finite and most < limit
-        if self._unsure:
-            where = torch.cat([elems for elems, _ in self._unsure])
-            made = torch.empty(len(where), dtype=out.dtype)
-            self._exact(torch.cat([numbers for _, numbers in self._unsure], 1), made)
-            out[where] = made
+            if self._unsure_bytes > _MOST_UNSURE_BYTES:
+                self._settle(out)
+        self._settle(out)
         return finite
 
-    def _block(self, rows: memoryview, out: torch.Tensor, begin: int) -> float:
-        """Rounds the sums of a block into ``out``, which begins at an element of the chunk. Returns what no magnitude of a
-        result exceeds."""
+    def _block(self, rows: memoryview, most: float, out: torch.Tensor, begin: int) -> None:
+        """Rounds the sums of a block, which begins at an element of the chunk, into ``out``. No magnitude of a sum exceeds
+        ``most``."""
         import torch
 
         elems = len(out)
         raw = torch.frombuffer(rows, dtype=self._dtype.torch).view(self._count, elems)
-        most = self._all * _largest(rows, self._dtype)
         error = (2 * self._count + 16) * _UNIT * most
         if not _SMALLEST < error < math.inf:
             self._exact(raw, out)
-            return most
+            return
         sums, ends = self._sums[:elems], self._ends[:elems]
         columns = self._wide.T
         for part, made in zip(torch.split(raw, self._tile, 1), torch.split(sums, self._tile), strict=True):
@@ -125,12 +129,26 @@ class Summing:
         out.copy_(torch.sub(sums, error, out=ends))
         upper.copy_(torch.add(sums, error, out=ends))
         bits = torch.int16 if out.element_size() == 2 else torch.int32
-        unsure = (out.view(bits) != upper.view(bits)).nonzero().view(-1)
-        if 8 * len(unsure) > elems:
+        differ = out.view(bits).numpy() != upper.view(bits).numpy()
+        unsure = torch.from_numpy(differ.nonzero()[0])
+        nbytes = len(unsure) * self._count * self._dtype.element_bytes
+        if 8 * len(unsure) > elems or nbytes > _MOST_UNSURE_BYTES:
             self._exact(raw, out)
         elif len(unsure):
             self._unsure.append((unsure + begin, raw.index_select(1, unsure)))
-        return most
+            self._unsure_bytes += nbytes
+
+    def _settle(self, out: torch.Tensor) -> None:
+        """Puts the kernel's own sums where products are not sure, into the results of a chunk."""
+        import torch
+
+        if self._unsure:
+            where = torch.cat([elems for elems, _ in self._unsure])
+            made = torch.empty(len(where), dtype=out.dtype)
+            self._exact(torch.cat([numbers for _, numbers in self._unsure], 1), made)
+            out[where] = made
+        self._unsure.clear()
+        self._unsure_bytes = 0
 
     def _exact(self, raw: torch.Tensor, out: torch.Tensor) -> None:
         """Rounds the kernel's own sums into ``out``."""
@@ -144,24 +162,34 @@ class Summing:
             out[a:b].copy_(self._kernel(chunk))
 
 
-def _largest(rows: memoryview, dtype: DType) -> float:
-    """Returns a number that no magnitude exceeds; infinity or NaN if there is one. Magnitudes are ordered as their bits
-    are."""
+def _any_bits(octets: memoryview) -> int:
+    """Returns the bits that any eight bytes have."""
     import numpy as np
-    import torch
 
-    bits = 8 * dtype.element_bytes
-    mask = (1 << bits - 1) - 1
-    words = rows[: len(rows) // 8 * 8]
-    together = int(np.bitwise_or.reduce(np.frombuffer(words, np.uint64))) if words else 0
-    together |= int.from_bytes(rows[len(words) :], "little")
-    largest = 0
-    while together:  # the bits that any number has
-        largest |= together & mask
-        together >>= bits
-    found = float(torch.tensor([largest], dtype=getattr(torch, f"int{bits}")).view(dtype.torch).double())
+    words = len(octets) // 8 * 8
+    found = int(np.bitwise_or.reduce(np.frombuffer(octets[:words], np.uint64))) if words else 0
+    return found | int.from_bytes(octets[words:], "little") if words < len(octets) else found
+
+
+def _largest(together: int, rows: memoryview, dtype: DType) -> float:
+    """Returns a number that no magnitude exceeds; infinity or NaN if there is one. ``together``: the bits that any eight
+    bytes have. Magnitudes are ordered as their bits are, and no number is larger than the one that has the bits of all."""
+    import numpy as np
+
+    width = 8 * dtype.element_bytes
+    mask, bits = (1 << width - 1) - 1, 0
+    while together:
+        bits |= together & mask
+        together >>= width
+    found = _number(bits, dtype)
     if math.isfinite(found):
         return found
-    positive = int(np.frombuffer(rows, f"int{bits}").max())
-    negative = int(np.frombuffer(rows, f"uint{bits}").max()) & mask
-    return float(torch.tensor([max(positive, negative)], dtype=getattr(torch, f"int{bits}")).view(dtype.torch).double())
+    positive = int(np.frombuffer(rows, f"int{width}").max())
+    negative = int(np.frombuffer(rows, f"uint{width}").max()) & mask
+    return _number(max(positive, negative), dtype)
+
+
+def _number(bits: int, dtype: DType) -> float:
+    import torch
+
+    return float(torch.tensor([bits], dtype=getattr(torch, f"int{8 * dtype.element_bytes}")).view(dtype.torch).double())

@@ -362,7 +362,8 @@ class Inputs:
                 return None
             file = self._files.get(known[0])
             found = file, known[1]
-            self._workspace.read.add([(file, found[1], found[1] + (stop - start) * size)])
+            if self._files.polite:
+                self._workspace.read.add([(file, found[1], found[1] + (stop - start) * size)])
         self._workspace.asked_bytes += (stop - start) * size
         return found
 
@@ -454,7 +455,8 @@ class WorkerRoom:
         return _Counted(self._workspace, self._files.get(path))
 
     def touched(self, path: BlobPath, offset: int, nbytes: int) -> None:
-        self._workspace.read.add([(self._files.get(path), offset, offset + nbytes)])
+        if self._files.polite:
+            self._workspace.read.add([(self._files.get(path), offset, offset + nbytes)])
 
     def take(self, nbytes: int) -> memoryview:
         part = self._workspace.octets("reader scratch", nbytes, self._taken)

@@ -34,6 +34,10 @@ class Joined(Source):
         return _Reader(self, room)
 
     @property
+    def parts(self) -> tuple[Source, ...]:
+        return self.pieces
+
+    @property
     def widths(self) -> list[int]:
         """Elements of each piece in one row. A row spans ``axis`` and all later axes."""
         return [math.prod(piece.spec.shape[self.axis :]) for piece in self.pieces]

@@ -14,6 +14,7 @@ from streammerge.kernels.group import TensorGroup
 from streammerge.kernels.ranking import held_bytes
 from streammerge.methods.contracts import MergeMethod, Values
 from streammerge.sources.base import Needs, Reader, Room, Source, region_bytes
+from streammerge.sources.stored import Stored
 from streammerge.sources.turned import turned, turned_back, turned_spec
 from streammerge.stores.libc import return_large_blocks
 from streammerge.stores.spilled import SpillFile
@@ -133,7 +134,8 @@ def methods_in(source: Source) -> Iterator[MergeMethod]:
     if isinstance(source, Merged):
         yield source.method
     for part in source.parts:
-        yield from methods_in(part)
+        if part.__class__ is not Stored:  # nearly all are
+            yield from methods_in(part)
 
 
 class _Slots:

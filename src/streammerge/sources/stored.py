@@ -43,6 +43,10 @@ class Stored(Source):
         return False
 
     @property
+    def dequantises(self) -> bool:
+        return False
+
+    @property
     def place(self) -> tuple[object, ...]:
         return (self.path, self.offset, self.spec.dtype, self.spec.shape)
 

@@ -49,7 +49,7 @@ class InputFiles:
     def __init__(
         self, expected: Mapping[Location, Status], polite: bool = False, ahead_bytes: int = 0, streams: int = 1
     ) -> None:
-        self._expected, self._polite, self._streams = expected, polite, streams
+        self._expected, self.polite, self._streams = expected, polite, streams
         self.ahead_bytes = ahead_bytes or LEAST_AHEAD_BYTES
         self._ahead: Ahead | None = None
         self._halt: Callable[[], object] = _never
@@ -65,7 +65,7 @@ class InputFiles:
                 if len(self._files) >= self._most:
                     self._files.popitem(last=False)
                 expected = self._expected.get(location)
-                file = self._files[location] = location.open(expected, self._polite, self._damaged, self._fetcher(location))
+                file = self._files[location] = location.open(expected, self.polite, self._damaged, self._fetcher(location))
             elif len(self._files) == self._most:  # only then does their order matter, and this runs for every tensor
                 self._files.move_to_end(location)
             return file
