@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+from streammerge.kernels.masks import MaskRoom
 from streammerge.planning.budget import Budget
 from streammerge.planning.tasks import MergeTask
 from streammerge.running.workspace import Workspace, prepare_torch
@@ -17,7 +18,7 @@ from streammerge.stores import faults
 from streammerge.stores.base import Location, Output, Status
 from streammerge.stores.checksums import Checksum
 from streammerge.stores.inputs import InputFiles
-from streammerge.stores.spilled import SpillFile
+from streammerge.stores.spilled import SpillFile, SpillPlace
 
 
 class Target(Protocol):
@@ -124,6 +125,7 @@ class Bench:
         self._own_outputs: dict[Location, Output] = {}
         self._last: tuple[int, MergeTask] | None = None
         self._free: list[Workspace] = []
+        self._masks: tuple[SpillPlace, SpillFile | None] | None = None
         self._lock = threading.Lock()
         self._open = ExitStack()
         self._open.enter_context(faults.survived())
@@ -156,6 +158,14 @@ class Bench:
         """Returns a new temporary file of so many bytes."""
         return SpillFile(nbytes, self.job.home)
 
+    def masks_at(self, place: SpillPlace) -> MaskRoom | None:
+        """Returns the room for masks at this place, None if it cannot be opened here."""
+        with self._lock:
+            if self._masks is None or self._masks[0] != place:
+                self._masks = place, SpillFile.at(place)
+            file = self._masks[1]
+        return None if file is None else MaskRoom(file, 1)
+
     def check_outputs(self) -> None:
         """Raises the error of a sync that failed when a file was closed between two uses. The kernel tells it only once, so
         no other process would learn of it."""
@@ -184,6 +194,7 @@ class Bench:
     def close(self) -> None:
         self.halted_by(_never)
         self._free.clear()
+        self._masks = None
         for file in self._own_outputs.values():
             file.close()
         if self._own_inputs is not None:

@@ -14,16 +14,19 @@ from streammerge.kernels.agreed import finite
 from streammerge.kernels.batch import MOST_EACH, MOST_ELEMS, Batch
 from streammerge.kernels.chunk import Chunk, Kernel, Look, Step, chunk_spans
 from streammerge.kernels.group import TensorGroup
+from streammerge.kernels.masks import MaskRoom
 from streammerge.kernels.pass_results import PassResults
 from streammerge.kernels.spill import Spill
 from streammerge.planning.tasks import MergeTask, Piece, PieceDone, as_one_piece, stretches
 from streammerge.running.executors.base import Host
 from streammerge.running.job import Bench, Job, Target
+from streammerge.running.masking import OwnMasks
 from streammerge.running.nonfinite import Numbers, may_be_nonfinite, nonfinite_of
 from streammerge.running.workspace import Inputs, Outgoing
 from streammerge.sources.stored import Stored
 from streammerge.stores.digests import COPY_BYTES
 from streammerge.stores.libc import return_large_blocks
+from streammerge.stores.spilled import SpillPlace
 from streammerge.tensors.spec import ranges
 
 if TYPE_CHECKING:
@@ -39,12 +42,13 @@ class MergeWork(NamedTuple):
 
     ``passes``: the results of the method's passes, as :class:`PassResults` keeps them, if all units are pieces of one long
     tensor. None if each worker runs the passes of its tensors itself. ``alone``: whether each unit has all pieces of a long
-    tensor that are to be made.
+    tensor that are to be made. ``masks``: where the masks are that the passes of a long tensor have made.
     """
 
     job: Job
     passes: tuple[bytes, ...] | None = None
     alone: bool = False
+    masks: SpillPlace | None = None
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -63,6 +67,7 @@ class Worker:
         self.workspace = self.bench.take()
         self.bench.halted_by(host.check)
         self._prepared = False
+        self._own_masks = OwnMasks(job)
 
     def close(self) -> None:
         """Raises OSError if the disk failed to store anything that this process has written, at any time of the job."""
@@ -76,6 +81,14 @@ class Worker:
 
             torch.set_num_threads(1)
             self._prepared = True
+
+    def own_masks(self, nbytes: int) -> MaskRoom | None:
+        """Returns room for the masks of a tensor that this worker makes alone."""
+        return self._own_masks.room(nbytes)
+
+    def masks_at(self, place: SpillPlace | None) -> Callable[[int], MaskRoom | None] | None:
+        """Returns what gives the room for the masks of a tensor that all workers share."""
+        return None if place is None else lambda nbytes: self.bench.masks_at(place)
 
     def source(self, task: MergeTask, keep: bool) -> Inputs:
         kept_bytes = self.job.budget.kept_bytes if keep else -1
@@ -100,7 +113,7 @@ class Worker:
 class MergeWorker(Worker):
     def __init__(self, work: MergeWork, host: Host) -> None:
         super().__init__(work.job, host)
-        self._passes, self._alone = work.passes, work.alone
+        self._passes, self._alone, self._masks = work.passes, work.alone, work.masks
         self._kernel: Kernel | None = None
         self._measuring: Measuring | None = None
 
@@ -246,7 +259,7 @@ class MergeWorker(Worker):
 
         with failures(task, 0, task.elems):
             source = self.source(task, keep=False)
-            kernel = None if task.verbatim else bind(task, sweep, spills=self.bench.spill)
+            kernel = None if task.verbatim else bind(task, sweep, spills=self.bench.spill, masks=self.own_masks)
         for row, piece in enumerate(batch):
             outgoing = Outgoing(target.write_full, self.workspace.octets("out"), piece.offset)
             with failures(task, piece.start, piece.stop):
@@ -300,10 +313,10 @@ class MergeWorker(Worker):
         if self._kernel is not None:
             return self._kernel
         if self._passes is not None:
-            self._kernel = bind(task, _no_sweep, PassResults(self._passes))
+            self._kernel = bind(task, _no_sweep, PassResults(self._passes), masks=self.masks_at(self._masks))
             return self._kernel
 
-        return bind(task, sweep_of(self, task, source), spills=self.bench.spill)
+        return bind(task, sweep_of(self, task, source), spills=self.bench.spill, masks=self.own_masks)
 
     def _apply(
         self,
@@ -373,15 +386,16 @@ def bind(
     sweep: Callable[..., Iterator[Any]],
     results: PassResults | None = None,
     spills: Callable[[int], Spill] | None = None,
+    masks: Callable[[int], MaskRoom | None] | None = None,
 ) -> Kernel:
     """Returns the kernel of a task. ``sweep`` runs the passes whose results are not in ``results``; ``spills`` makes a
-    temporary file."""
+    temporary file, ``masks`` room for masks."""
     import torch
 
     if task.method.whole:
         return_large_blocks()
     models, compute = len(task.sources) - task.based, getattr(torch, task.compute)
-    more = (task.based, task.row, task.seed, results, task.turned, spills)
+    more = (task.based, task.row, task.seed, results, task.turned, spills, masks)
     group = TensorGroup(task.out.name, task.shape, models, compute, sweep, *more)
     return task.method.bind(group, task.parameters)
 
