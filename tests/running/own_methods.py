@@ -49,13 +49,13 @@ def in_a_pass(group: TensorGroup) -> Kernel:
 
 
 def drawing(group: TensorGroup) -> Kernel:
-    """``dare_linear`` that leaves a byte in the file ``DRAWN`` for each grain whose random numbers are made."""
+    """``dare_linear`` that leaves a byte in the file ``DRAWN`` for each random number that is made."""
     if random.chosen.__module__ == random.__name__:
         made = random.chosen
 
         def counted(*args: Any) -> Any:
             with open(os.environ["DRAWN"], "ab") as file:
-                file.write(b".")
+                file.write(bytes(args[-1].numel()))
             return made(*args)
 
         random.chosen = counted

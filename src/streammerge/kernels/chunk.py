@@ -119,17 +119,6 @@ class Chunk:
             self.start, self.stop, self.compute, self._buffers, self._read, self._first > 0, self._count, hides=True
         )
 
-    def parts(self, elems: int) -> Iterator[Chunk]:
-        """Yields parts of so many elements, one after the other, in the first elements of the same buffers. What was loaded
-        before is lost."""
-        if self.elems <= elems:
-            yield self
-            return
-        for start, stop in ranges(self.elems, elems):
-            start, stop = self.start + start, self.start + stop
-            based = self._first > 0
-            yield Chunk(start, stop, self.compute, self._buffers, self._read, based, self._count, self.hides)
-
     def settle(self, kernel: Kernel, row: int, out: torch.Tensor) -> int:
         """Puts agreed elements into the kernel's result for this chunk. Returns how many. See :func:`agreed.settle`."""
         sources = self._count + self._first

@@ -131,16 +131,15 @@ class TensorGroup:
         out = chunk.empty(_UNIFORM, torch.float32)
         return uniform(self.seed, self.name, model, chunk.start, out, chunk.empty(_UNIFORM_BITS, torch.int32))
 
-    def chosen(self, chunk: Chunk, model: int, start: int, stop: int, chance: float | torch.Tensor) -> Bits:
-        """Returns a bit for each of these elements of the chunk, 1 where the :meth:`uniform` number is below the chance.
+    def chosen(self, chunk: Chunk, model: int, chance: float | torch.Tensor) -> Bits:
+        """Returns a bit for each element of the chunk, 1 where the :meth:`uniform` number is below the chance.
         ``chance``: see :func:`streammerge.kernels.random.chosen`."""
         import torch
 
         from streammerge.kernels.random import chosen
 
         words, scratch = chunk.empty(_UNIFORM, torch.float32), chunk.empty(_UNIFORM_BITS, torch.int32)
-        flags = chunk.empty(_FLAGS, torch.bool)[: stop - start]
-        return chosen(self.seed, self.name, model, start, chance, words, scratch, flags)
+        return chosen(self.seed, self.name, model, chunk.start, chance, words, scratch, chunk.empty(_FLAGS, torch.bool))
 
     @classmethod
     def of(

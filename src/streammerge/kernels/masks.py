@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     Bits = np.ndarray[Any, np.dtype[np.uint8]]
 
 _END = struct.Struct("<QQ")
-"""What follows the bits of a grain: the number of their tensor, and the element after the last one. The bits are written
+"""What follows the bits of a chunk: the number of their tensor, and the element after the last one. The bits are written
 before it, so it is not there without them."""
 
 
@@ -30,32 +30,29 @@ class MaskRoom(NamedTuple):
 
 
 class Masks:
-    """The masks of a tensor, by model and grain. ``grain``: the elements of a grain."""
+    """The masks of a tensor, by model and chunk. A chunk begins with a grain; ``grain``: the elements of one."""
 
     def __init__(self, room: MaskRoom, elems: int, grain: int) -> None:
         self._spill: Spill | None = room.spill
         self._number, self._grain = room.number, grain
         self._grains = -(-elems // grain)
         self._slot = _slot_bytes(grain)
-        self._buffer = bytearray(self._slot)
 
     def keep(self, model: int, start: int, stop: int, bits: Bits) -> None:
-        """Keeps the mask of a whole grain, if the disk has room."""
-        if self._spill is None:
+        """Keeps the mask of a chunk, if the disk has room."""
+        if self._spill is None or start % self._grain:
             return
-        size = len(bits)
-        self._buffer[:size] = bits.data
-        _END.pack_into(self._buffer, size, self._number, stop)
+        data = bits.tobytes() + _END.pack(self._number, stop)
         try:
-            self._spill.write(memoryview(self._buffer)[: size + _END.size], self._place(model, start))
+            self._spill.write(memoryview(data), self._place(model, start))
         except (OSError, SpaceError):
             self._spill = None
 
     def kept(self, model: int, start: int, stop: int) -> Bits | None:
-        """Returns the mask of a whole grain, None if it is not there."""
+        """Returns the mask of a chunk, None if it is not there."""
         import numpy as np
 
-        if self._spill is None:
+        if self._spill is None or start % self._grain:
             return None
         size = -(-(stop - start) // 8)
         found = bytearray(size + _END.size)

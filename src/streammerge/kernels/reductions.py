@@ -33,9 +33,8 @@ class _Sums:
         import torch
 
         totals: list[torch.Tensor] = []
-        # Grain by grain, since the numbers of a grain stay in the CPU's own cache while it looks at them.
-        for part in (part for chunk in chunks for part in chunk.parts(self.grain)):
-            for number, values in enumerate(look(part)):
+        for chunk in chunks:
+            for number, values in enumerate(look(chunk)):
                 step = self.grain // (self.row if values.dim() > 1 else 1)
                 length = values.shape[0]  # torch's len is a function of Python, and slow
                 short = length <= step

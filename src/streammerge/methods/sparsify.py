@@ -6,7 +6,7 @@ By magnitude (TIES), by magnitude without outliers (Breadcrumbs), at random (DAR
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     import torch
 
     from streammerge.kernels.batch import Batch
+    from streammerge.kernels.random import Bits
 
+_MULTIPLIED_ELEMS = 1 << 17
+"""Numbers that are multiplied by a mask at once: as many as stay in a CPU's own cache."""
 Sparsify = Callable[[Chunk, int, "torch.Tensor"], "torch.Tensor"]
 """(chunk, model, its delta) -> the delta with dropped elements set to zero. NaN stays NaN."""
 
@@ -108,7 +111,7 @@ class Masked:
         self, group: TensorGroup, chances: Callable[[Chunk, int, torch.Tensor], float | torch.Tensor | None]
     ) -> None:
         self._group, self._chances = group, chances
-        self._held = dict[int, Any]()
+        self._held: dict[int, Bits] = {}
         self._masks: Masks | None = None
         self._tables = dict[int, tuple[float, Any]]()
 
@@ -121,75 +124,56 @@ class Masked:
             chances = self._chances(chunk, model, delta)
             if chances is None:
                 return delta.mul_(factor) if factor != 1 else delta
-            bits = self._made(chunk, model, chances, keep)
-        table = self._table(model, factor, delta)
-        for start, stop, of_grain in bits:
-            _multiply(delta, start - chunk.start, stop - chunk.start, of_grain, table, chunk)
+            bits = self._group.chosen(chunk, model, chances)
+            if keep and not chunk.hides:
+                self._keep(chunk, model, bits)
+        _multiply(delta, bits, self._table(model, factor, delta.dtype), chunk.empty("mask"))
         return delta
 
-    def keep(self) -> None:
+    def make_room(self) -> None:
         """Makes room for the masks of a tensor of more than a grain, because a pass needs them before the kernel does."""
         group = self._group
         if group.masks is not None and group.elems > GRAIN:
             room = group.masks(masks_bytes(group.models, group.elems, group.grain))
             self._masks = None if room is None else Masks(room, group.elems, group.grain)
 
-    def _kept(self, chunk: Chunk, model: int) -> _Bits | None:
-        """Returns the mask of a chunk, None if any of it is not there."""
+    def _kept(self, chunk: Chunk, model: int) -> Bits | None:
+        """Returns the mask of a chunk, None if it is not there."""
         if chunk.hides:
             return None
         if chunk.elems == self._group.elems <= GRAIN:
-            return [(chunk.start, chunk.stop, self._held[model])] if model in self._held else None
-        if self._masks is None or chunk.start % self._group.grain:
-            return None
-        made = []
-        for start, stop in self._grains(chunk):
-            bits = self._masks.kept(model, start, stop)
-            if bits is None:
-                return None
-            made.append((start, stop, bits))
-        return made
+            return self._held.get(model)
+        return None if self._masks is None else self._masks.kept(model, chunk.start, chunk.stop)
 
-    def _made(self, chunk: Chunk, model: int, chances: float | torch.Tensor, keep: bool) -> Iterator[tuple[int, int, Any]]:
-        """Makes the mask of a chunk."""
-        keep &= not chunk.hides
-        for start, stop in self._grains(chunk):
-            each = chances if isinstance(chances, float | int) else chances[start - chunk.start : stop - chunk.start]
-            bits = self._group.chosen(chunk, model, start, stop, each)
-            if keep and chunk.elems == self._group.elems <= GRAIN:
-                self._held[model] = bits
-            elif keep and self._masks is not None and not start % self._group.grain:
-                self._masks.keep(model, start, stop, bits)
-            yield start, stop, bits
+    def _keep(self, chunk: Chunk, model: int, bits: Bits) -> None:
+        if chunk.elems == self._group.elems <= GRAIN:
+            self._held[model] = bits
+        elif self._masks is not None:
+            self._masks.keep(model, chunk.start, chunk.stop, bits)
 
-    def _grains(self, chunk: Chunk) -> Iterator[tuple[int, int]]:
-        for start, stop in ranges(chunk.elems, self._group.grain):
-            yield chunk.start + start, chunk.start + stop
+    def _table(self, model: int, factor: float, dtype: torch.dtype) -> Any:
+        """Returns what 8 elements are multiplied with, for each byte of a mask."""
+        import torch
 
-    def _table(self, model: int, factor: float, delta: torch.Tensor) -> Any:
-        """Returns what is multiplied with 8 elements, for each byte of a mask."""
         known = self._tables.get(model)
         if known is None or known[0] != factor:
-            known = self._tables[model] = factor, _of_bytes(delta.dtype) * delta.numpy().dtype.type(factor)
+            known = self._tables[model] = factor, (torch.from_numpy(_of_bytes(dtype)) * factor).numpy()
         return known[1]
 
 
-_Bits = Iterable[tuple[int, int, Any]]
-"""The first element, the element after the last one, and their bits, for each grain of a chunk."""
-
-
-def _multiply(delta: torch.Tensor, start: int, stop: int, bits: Any, table: Any, chunk: Chunk) -> None:
-    """Multiplies elements by what their bits stand for in the table."""
+def _multiply(delta: torch.Tensor, bits: Bits, table: Any, room: torch.Tensor) -> None:
+    """Multiplies numbers by what their bits stand for in the table. ``room`` has the size of the numbers."""
     import numpy as np
 
-    elems = stop - start
-    whole = elems // 8
-    factors = chunk.empty("mask").numpy()[:elems]
-    np.take(table, bits[:whole], axis=0, out=factors[: 8 * whole].reshape(whole, 8), mode="clip")
-    if elems % 8:
-        factors[8 * whole :] = table[bits[whole], : elems % 8]
-    numbers = delta.numpy()[start:stop]
-    np.multiply(numbers, factors, out=numbers)
+    for start, stop in ranges(len(delta), _MULTIPLIED_ELEMS):
+        elems = stop - start
+        factors = room[:elems]  # always the same memory, which stays in the CPU's cache
+        made, whole = factors.numpy(), elems // 8 * 8
+        of_part = bits[start // 8 : -(-stop // 8)]
+        np.take(table, of_part[: whole // 8], axis=0, out=made[:whole].reshape(-1, 8), mode="clip")
+        if whole < elems:
+            made[whole:] = table[of_part[-1], : elems - whole]
+        delta[start:stop].mul_(factors)  # torch warns of no NaN
 
 
 @lru_cache(maxsize=2)
@@ -258,7 +242,7 @@ def rescaled(group: TensorGroup, sparsify: Sparsify) -> Sparsify:
 
     masked = sparsify if isinstance(sparsify, Masked) else None
     if masked:
-        masked.keep()
+        masked.make_room()
 
     def sums(chunk: Chunk) -> Iterator[torch.Tensor]:
         for model in range(group.models):
