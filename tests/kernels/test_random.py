@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from hashlib import blake2b
 
+import numpy as np
 import pytest
 import torch
 
@@ -73,12 +74,21 @@ def test_they_are_the_described_hashes() -> None:
         assert draw(50, seed=9, name="w.x", model=2, start=start).tolist() == expected
 
 
+def below(
+    start: int, count: int, chance: float | torch.Tensor, seed: int = 0, name: str = "w", model: int = 0
+) -> torch.Tensor:
+    """Returns 1 where an element is chosen, else 0."""
+    most = min(count, GRAIN)
+    spare = torch.empty(most), torch.empty(most, dtype=torch.int32), torch.empty(count, dtype=torch.bool)
+    bits = chosen(seed, name, model, start, chance, *spare)
+    return torch.from_numpy(np.unpackbits(bits, count=count)).float()
+
+
 @pytest.mark.parametrize("chance", [0.5, 0.25, 0.3, 2.0**-24, 1e-9, 1 - 2.0**-24, 1 - 1e-9, 0.0, 1.0])
 def test_those_below_a_chance_are_chosen(chance: float) -> None:
     numbers, start, count = draw(2 * GRAIN, start=11), 11, 2 * GRAIN
     chance = next((float(n) for n in numbers if chance == 0.3), chance)  # a number is not below itself
-    spare = torch.empty(count), torch.empty(count, dtype=torch.int32)
-    assert torch.equal(chosen(0, "w", 0, start, chance, *spare), (numbers < chance).float())
+    assert torch.equal(below(start, count, chance), (numbers < chance).float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -88,8 +98,7 @@ def test_each_element_has_its_own_chance(dtype: torch.dtype) -> None:
     chances = torch.rand(count, dtype=dtype).clamp_(min=1e-9)
     chances[:30] = numbers[:30].clamp(min=1e-9)
     chances[30] = 1.0
-    spare = torch.empty(count), torch.empty(count, dtype=torch.int32)
-    assert torch.equal(chosen(0, "w", 0, GRAIN - 50, limits(chances), *spare), (numbers < chances).float())
+    assert torch.equal(below(GRAIN - 50, count, limits(chances)), (numbers < chances).float())
 
 
 @pytest.mark.parametrize("n", [1, 7, 1000, GRAIN // 2])
@@ -101,5 +110,4 @@ def test_tensors_one_after_the_other_have_the_numbers_of_each(n: int, chance: fl
     out, scratch = torch.empty(len(names) * n), torch.empty(len(names) * n, dtype=torch.int32)
     made = chosen_of_each(3, names, 2, each if chance is None else chance, out, scratch).view(len(names), n)
     for name, row, own in zip(names, made, each.view(len(names), n), strict=True):
-        alone = torch.empty(n), torch.empty(n, dtype=torch.int32)
-        assert torch.equal(row, chosen(3, name, 2, 0, own if chance is None else chance, *alone))
+        assert torch.equal(row, below(0, n, own if chance is None else chance, seed=3, name=name, model=2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -143,3 +144,17 @@ def test_a_density_of_zero_drops_all_and_above_one_keeps_all(elems: int) -> None
     ):
         assert not applied(group, made, 0).any()
         assert torch.equal(applied(group, made, 1), drawn(elems, 1))
+
+
+@pytest.mark.parametrize("elems", [8, 13, GRAIN + 1, 3 * GRAIN + 5])
+def test_a_mask_multiplies_as_it_would_number_by_number(elems: int) -> None:
+    """NaN and infinity come out as the product has them, and nothing warns of them."""
+    delta, bits = drawn(elems), torch.randint(0, 2, (elems,), generator=torch.Generator().manual_seed(1))
+    delta[::7], delta[1::11], delta[2::13], delta[3::17] = torch.inf, torch.nan, -torch.inf, -0.0
+    for factor in (1.0, 1.7, torch.inf):
+        masked = sparsify.Masked(group_of(delta), lambda chunk, model, delta: 0.5)
+        wanted, found = delta * bits.float() * factor, delta.clone()
+        packed, table = np.packbits(bits.numpy().astype(bool)), masked._table(0, factor, delta.dtype)
+        sparsify._multiply(found, packed, table, torch.empty(elems))
+        assert torch.equal(found.nan_to_num(7e7), wanted.nan_to_num(7e7))
+        assert torch.equal(found.signbit() & ~found.isnan(), wanted.signbit() & ~wanted.isnan())

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
+from streammerge.kernels import random
 from streammerge.kernels.chunk import Chunk, Kernel
 from streammerge.kernels.group import TensorGroup
+from streammerge.methods.task_arithmetic import dare_linear
 
 
 def centred(group: TensorGroup) -> Kernel:
@@ -43,3 +46,17 @@ def at_once(group: TensorGroup) -> Kernel:
 def in_a_pass(group: TensorGroup) -> Kernel:
     group.reduce(lambda chunk: [chunk.models[0] / 0 + chunk.raw(1000)])
     return lambda chunk: chunk.models[0]
+
+
+def drawing(group: TensorGroup) -> Kernel:
+    """``dare_linear`` that leaves a byte in the file ``DRAWN`` for each random number that is made."""
+    if random.chosen.__module__ == random.__name__:
+        made = random.chosen
+
+        def counted(*args: Any) -> Any:
+            with open(os.environ["DRAWN"], "ab") as file:
+                file.write(bytes(args[-1].numel()))
+            return made(*args)
+
+        random.chosen = counted
+    return dare_linear(group, density=[0.5] * group.models, weight=[1.0] * group.models)

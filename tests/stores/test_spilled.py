@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -65,3 +67,36 @@ def test_an_output_elsewhere_spills_into_the_systems_folder(tmp_path: Path, monk
         file.read_into(memoryview(made), 7)
         assert made == b"abc"
     assert not list(tmp_path.iterdir())
+
+
+def test_another_process_reads_and_writes_it_while_its_maker_lives(tmp_path: Path) -> None:
+    file = SpillFile(1000, LOCAL.parse(str(tmp_path)))
+    file.write(memoryview(b"from here"), 3)
+    program = (
+        "import sys; from streammerge.stores.spilled import SpillFile, SpillPlace\n"
+        "file = SpillFile.at(SpillPlace(*eval(sys.argv[1])))\n"
+        "data = bytearray(9); file.read_into(memoryview(data), 3); print(data.decode())\n"
+        "file.write(memoryview(b'from there'), 500)"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", program, repr(tuple(file.place))], capture_output=True, check=True, text=True
+    )
+    assert said.stdout == "from here\n"
+    data = bytearray(10)
+    file.read_into(memoryview(data), 500)
+    assert data == b"from there"
+
+
+def test_a_place_that_is_no_longer_the_file_is_not_opened(tmp_path: Path) -> None:
+    file = SpillFile(1000, LOCAL.parse(str(tmp_path)))
+    place, before = file.place, descriptors(tmp_path)
+    assert SpillFile.at(place) is not None
+    for other in (
+        place._replace(inode=place.inode + 1),
+        place._replace(boot="another machine"),
+        place._replace(process=2**30),
+        place._replace(descriptor=10**6),
+    ):
+        assert SpillFile.at(other) is None
+    gc.collect()
+    assert descriptors(tmp_path) == before

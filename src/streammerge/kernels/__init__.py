@@ -12,6 +12,7 @@ Each module imports only modules above it::
     batch        small tensors of equal shape, computed together
     compact      a matrix in half the memory of float64
     spill        matrices beside memory, and halves of symmetric ones
+    masks        masks beside memory
     tridiagonal  the first eigenvectors of a large symmetric matrix
     spectral     products of matrices over a group, and eigenvectors
     kth_largest  exact order statistics of a group, in a few passes

@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from streammerge.kernels.chunk import Chunk, Hiding, Kernel, Look, Slot, Step, Sweep, T, chunk_spans, whole_rows
+from streammerge.kernels.masks import MaskRoom
 from streammerge.kernels.pass_results import PassResults
 from streammerge.kernels.spill import Spill, spilled
 from streammerge.tensors.spec import GRAIN
@@ -21,10 +22,12 @@ from streammerge.tensors.spec import GRAIN
 if TYPE_CHECKING:
     import torch
 
+    from streammerge.kernels.random import Bits
     from streammerge.kernels.ranking import Cut
 
 _UNIFORM: Slot = ("uniform",)
 _UNIFORM_BITS: Slot = ("uniform bits",)
+_FLAGS: Slot = ("chosen",)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,7 +38,8 @@ class TensorGroup:
     each. ``row`` elements belong together and are never split between chunks. ``compute`` is the dtype of the
     arithmetic. ``results`` holds the results of passes that an earlier binding made; they are not computed again.
     ``turned``: whether the tensors have their first axis last. ``spills`` makes a temporary file of so many bytes; without
-    it, spills are held in memory.
+    it, spills are held in memory. ``masks`` makes room for so many bytes of
+    masks, if it can.
     """
 
     name: str
@@ -49,6 +53,7 @@ class TensorGroup:
     results: PassResults | None = None
     turned: bool = False
     spills: Callable[[int], Spill] | None = None
+    masks: Callable[[int], MaskRoom | None] | None = None
 
     @property
     def elems(self) -> int:
@@ -126,15 +131,15 @@ class TensorGroup:
         out = chunk.empty(_UNIFORM, torch.float32)
         return uniform(self.seed, self.name, model, chunk.start, out, chunk.empty(_UNIFORM_BITS, torch.int32))
 
-    def chosen(self, chunk: Chunk, model: int, chance: float | torch.Tensor) -> torch.Tensor:
-        """Returns float32 1 where the :meth:`uniform` number is below the chance, else 0. ``chance``: see
-        :func:`streammerge.kernels.random.chosen`."""
+    def chosen(self, chunk: Chunk, model: int, chance: float | torch.Tensor) -> Bits:
+        """Returns a bit for each element of the chunk, 1 where the :meth:`uniform` number is below the chance.
+        ``chance``: see :func:`streammerge.kernels.random.chosen`."""
         import torch
 
         from streammerge.kernels.random import chosen
 
-        out, scratch = chunk.empty(_UNIFORM, torch.float32), chunk.empty(_UNIFORM_BITS, torch.int32)
-        return chosen(self.seed, self.name, model, chunk.start, chance, out, scratch)
+        words, scratch = chunk.empty(_UNIFORM, torch.float32), chunk.empty(_UNIFORM_BITS, torch.int32)
+        return chosen(self.seed, self.name, model, chunk.start, chance, words, scratch, chunk.empty(_FLAGS, torch.bool))
 
     @classmethod
     def of(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     Words = np.ndarray[Any, np.dtype[np.uint32]]
+    Bits = np.ndarray[Any, np.dtype[np.uint8]]
 
 _BITS = 24  # float32 holds 24 bits of [0, 1) evenly
 _SPARE = 32 - _BITS
@@ -58,26 +59,27 @@ def chosen(
     model: int,
     start: int,
     chance: float | torch.Tensor,
-    out: torch.Tensor,
+    words: torch.Tensor,
     scratch: torch.Tensor,
-) -> torch.Tensor:
-    """Fills float32 ``out`` with 1 where the :func:`uniform` number is below the chance, else 0.
+    flags: torch.Tensor,
+) -> Bits:
+    """Returns a bit for each element, 1 where the :func:`uniform` number is below the chance.
 
-    ``chance``: a number, which counts as float32, or :func:`limits` of one chance for each element. ``scratch`` is int32 of
-    the same size.
+    ``chance``: a number, which counts as float32, or :func:`limits` of one chance for each element. ``flags`` is a bool for
+    each element. ``words`` and ``scratch`` are numbers of 32 bits, as many as the elements or a grain.
     """
     import numpy as np
 
     limit, each = _limit(chance)
+    found = flags.numpy()
     if limit < 0:
-        return out.zero_()
-    words, spare, floats = _words(out), _words(scratch), out.numpy()
-    for a, b, first, keys in _grains(seed, name, model, start, len(words)):
-        flags = spare[a:b].view("?")[: b - a]
-        _hash(first, keys, words[a:b], spare[a:b], _mixes(limit))
-        np.less_equal(words[a:b], _word(limit) if each is None else each[a:b], out=flags)
-        floats[a:b] = flags
-    return out
+        return np.zeros(-(-len(found) // 8), np.uint8)
+    made, spare, mixes = _words(words), _words(scratch), _mixes(limit)
+    for a, b, first, keys in _grains(seed, name, model, start, len(found)):
+        hashed = made[: b - a]  # always the same memory, which stays in the CPU's cache
+        _hash(first, keys, hashed, spare[: b - a], mixes)
+        np.less_equal(hashed, _word(limit) if each is None else each[a:b], out=found[a:b])
+    return np.packbits(found)
 
 
 def chosen_of_each(
@@ -88,7 +90,8 @@ def chosen_of_each(
     out: torch.Tensor,
     scratch: torch.Tensor,
 ) -> torch.Tensor:
-    """Does what :func:`chosen` does for whole tensors of equal size, up to a grain, which lie one after the other."""
+    """Fills float32 ``out`` with 1 where :func:`chosen` has a bit, else 0, for whole tensors of equal size, up to a grain,
+    which lie one after the other. ``scratch`` is int32 of the same size."""
     import numpy as np
 
     limit, each = _limit(chance)

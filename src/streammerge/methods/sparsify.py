@@ -13,17 +13,21 @@ from typing import TYPE_CHECKING, Any
 from streammerge.errors import RecipeError
 from streammerge.kernels.chunk import Chunk
 from streammerge.kernels.group import TensorGroup
+from streammerge.kernels.masks import Masks, masks_bytes
 from streammerge.kernels.random import limits
 from streammerge.kernels.ranking import Cut
 from streammerge.kernels.row_ranking import by_rank
 from streammerge.methods.contracts import Values
-from streammerge.tensors.spec import GRAIN
+from streammerge.tensors.spec import GRAIN, ranges
 
 if TYPE_CHECKING:
     import torch
 
     from streammerge.kernels.batch import Batch
+    from streammerge.kernels.random import Bits
 
+_MULTIPLIED_ELEMS = 1 << 17
+"""Numbers that are multiplied by a mask at once: as many as stay in a CPU's own cache."""
 Sparsify = Callable[[Chunk, int, "torch.Tensor"], "torch.Tensor"]
 """(chunk, model, its delta) -> the delta with dropped elements set to zero. NaN stays NaN."""
 
@@ -89,42 +93,99 @@ def _between(delta: torch.Tensor, upto: Cut, outliers: Cut, start: int, scratch:
     return upto.keep(delta, start).sub_(dropped)  # x - x is 0, and x - 0 is x
 
 
-def bernoulli(group: TensorGroup, density: Sequence[float]) -> Sparsify:
+def bernoulli(group: TensorGroup, density: Sequence[float]) -> Masked:
     """Keeps each element with probability ``density``."""
-
-    def mask(chunk: Chunk, model: int, delta: torch.Tensor) -> torch.Tensor | None:
-        return None if density[model] >= 1 else group.chosen(chunk, model, density[model])
-
-    return _masked(group, mask)
+    return Masked(group, lambda chunk, model, delta: None if density[model] >= 1 else density[model])
 
 
-def _masked(group: TensorGroup, mask: Callable[[Chunk, int, torch.Tensor], torch.Tensor | None]) -> Sparsify:
-    """Returns the sparsifier that multiplies by a mask of 1 and 0.
+class Masked:
+    """Sets the elements to zero that a random mask drops. ``chances(chunk, model, delta)``: the chances of being kept, as
+    :func:`~streammerge.kernels.random.chosen` takes them; None to keep all.
 
-    Of a tensor of up to a grain, the mask of each model is made in the first pass and kept for the kernel, a bit for each
-    element. The budget counts these bits as ``kept_bits`` of the method.
+    A mask that a pass makes is kept for the kernel, a bit for each element. Of a tensor of up to a grain it lies in memory,
+    and the budget counts it as ``kept_bits`` of the method. Of a longer tensor it lies in a file, as far as that has room.
+    What is not kept is made again.
     """
+
+    def __init__(
+        self, group: TensorGroup, chances: Callable[[Chunk, int, torch.Tensor], float | torch.Tensor | None]
+    ) -> None:
+        self._group, self._chances = group, chances
+        self._held: dict[int, Bits] = {}
+        self._masks: Masks | None = None
+        self._tables = dict[int, tuple[float, Any]]()
+
+    def __call__(
+        self, chunk: Chunk, model: int, delta: torch.Tensor, factor: float = 1.0, keep: bool = False
+    ) -> torch.Tensor:
+        """Multiplies what is kept by a factor. ``keep``: whether the mask is needed again."""
+        bits = None if keep else self._kept(chunk, model)
+        if bits is None:
+            chances = self._chances(chunk, model, delta)
+            if chances is None:
+                return delta.mul_(factor) if factor != 1 else delta
+            bits = self._group.chosen(chunk, model, chances)
+            if keep and not chunk.hides:
+                self._keep(chunk, model, bits)
+        _multiply(delta, bits, self._table(model, factor, delta.dtype), chunk.empty("mask"))
+        return delta
+
+    def make_room(self) -> None:
+        """Makes room for the masks of a tensor of more than a grain, because a pass needs them before the kernel does."""
+        group = self._group
+        if group.masks is not None and group.elems > GRAIN:
+            room = group.masks(masks_bytes(group.models, group.elems, group.grain))
+            self._masks = None if room is None else Masks(room, group.elems, group.grain)
+
+    def _kept(self, chunk: Chunk, model: int) -> Bits | None:
+        """Returns the mask of a chunk, None if it is not there."""
+        if chunk.hides:
+            return None
+        if chunk.elems == self._group.elems <= GRAIN:
+            return self._held.get(model)
+        return None if self._masks is None else self._masks.kept(model, chunk.start, chunk.stop)
+
+    def _keep(self, chunk: Chunk, model: int, bits: Bits) -> None:
+        if chunk.elems == self._group.elems <= GRAIN:
+            self._held[model] = bits
+        elif self._masks is not None:
+            self._masks.keep(model, chunk.start, chunk.stop, bits)
+
+    def _table(self, model: int, factor: float, dtype: torch.dtype) -> Any:
+        """Returns what 8 elements are multiplied with, for each byte of a mask."""
+        import torch
+
+        known = self._tables.get(model)
+        if known is None or known[0] != factor:
+            known = self._tables[model] = factor, (torch.from_numpy(_of_bytes(dtype)) * factor).numpy()
+        return known[1]
+
+
+def _multiply(delta: torch.Tensor, bits: Bits, table: Any, room: torch.Tensor) -> None:
+    """Multiplies numbers by what their bits stand for in the table. ``room`` has the size of the numbers."""
     import numpy as np
 
-    n, kept = group.elems, dict[int, Any]()
-
-    def apply(chunk: Chunk, model: int, delta: torch.Tensor) -> torch.Tensor:
-        keeps = chunk.elems == n <= GRAIN and not chunk.hides
-        if keeps and model in kept:
-            made = chunk.empty("mask")
-            np.copyto(made.numpy(), np.unpackbits(kept[model], count=chunk.elems))
-            return delta.mul_(made)
-        found = mask(chunk, model, delta)
-        if found is None:
-            return delta
-        if keeps:
-            kept[model] = np.packbits(found.numpy() != 0)
-        return delta.mul_(found)
-
-    return apply
+    for start, stop in ranges(len(delta), _MULTIPLIED_ELEMS):
+        elems = stop - start
+        factors = room[:elems]  # always the same memory, which stays in the CPU's cache
+        made, whole = factors.numpy(), elems // 8 * 8
+        of_part = bits[start // 8 : -(-stop // 8)]
+        np.take(table, of_part[: whole // 8], axis=0, out=made[:whole].reshape(-1, 8), mode="clip")
+        if whole < elems:
+            made[whole:] = table[of_part[-1], : elems - whole]
+        delta[start:stop].mul_(factors)  # torch warns of no NaN
 
 
-def magprune(group: TensorGroup, density: Sequence[float], epsilon: Sequence[float]) -> Sparsify:
+@lru_cache(maxsize=2)
+def _of_bytes(dtype: torch.dtype) -> Any:
+    """Returns 1 and 0 for the 8 bits of each byte."""
+    import numpy as np
+
+    every = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
+    return every.astype(np.float64 if dtype.itemsize == 8 else np.float32)
+
+
+def magprune(group: TensorGroup, density: Sequence[float], epsilon: Sequence[float]) -> Masked:
     r"""Keeps each element with a probability p that rises with the rank r of its magnitude among the n of its row.
 
     :math:`p = d - \epsilon + 2 \epsilon\, r / (n - 1)`, from density - epsilon to density + epsilon. A single element
@@ -136,20 +197,20 @@ def magprune(group: TensorGroup, density: Sequence[float], epsilon: Sequence[flo
     # Small tables serve the tensors that come next too. The table of a longer row is dropped with its tensor.
     table = _limits_by_rank if group.row <= GRAIN else cache(_limits_by_rank.__wrapped__)
 
-    def mask(chunk: Chunk, model: int, delta: torch.Tensor) -> torch.Tensor | None:
+    def chances(chunk: Chunk, model: int, delta: torch.Tensor) -> float | torch.Tensor | None:
         if not density[model]:
-            return group.chosen(chunk, model, 0.0)
+            return 0.0
         fibres = fibre_view(delta, group.shape)
         n = fibres.shape[1]
         if density[model] >= 1 or n <= 1:
             return None
-        chances = chunk.empty("chances", torch.int32)
+        made = chunk.empty("chances", torch.int32)
         keys, order = (chunk.empty(slot, torch.int64) for slot in ("rank keys", "rank order"))
         limits_of = table(n, density[model], epsilon[model], group.compute)
-        by_rank(fibres, limits_of, chances.view(fibres.shape), keys, order)
-        return group.chosen(chunk, model, chances)
+        by_rank(fibres, limits_of, made.view(fibres.shape), keys, order)
+        return made
 
-    return _masked(group, mask)
+    return Masked(group, chances)
 
 
 @lru_cache(maxsize=8)
@@ -179,14 +240,21 @@ def rescaled(group: TensorGroup, sparsify: Sparsify) -> Sparsify:
     This restores the sum of magnitudes. There is no factor if either sum is below 1e-7.
     """
 
+    masked = sparsify if isinstance(sparsify, Masked) else None
+    if masked:
+        masked.make_room()
+
     def sums(chunk: Chunk) -> Iterator[torch.Tensor]:
         for model in range(group.models):
             magnitudes = chunk.delta(model).abs_()
             yield magnitudes
-            yield sparsify(chunk, model, magnitudes)  # what is kept depends on no sign
+            # What is kept depends on no sign
+            yield masked(chunk, model, magnitudes, keep=True) if masked else sparsify(chunk, model, magnitudes)
 
     totals = list(map(float, group.reduce(sums))) if group.models else []
     factors = [_factor(a, b) for a, b in zip(totals[::2], totals[1::2], strict=True)]
+    if masked:
+        return lambda chunk, model, delta: masked(chunk, model, delta, factors[model])
     return lambda chunk, model, delta: sparsify(chunk, model, delta).mul_(factors[model])
 
 

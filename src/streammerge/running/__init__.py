@@ -7,6 +7,7 @@ Each module imports only modules above it::
     executors  executors, which run tasks on workers
     choosing   the choice of the executor for a plan
     job        what all works of one run share
+    masking    room for masks between the passes and the kernel
     nonfinite  NaN and infinity in results, by input
     measuring  how far results lie from inputs
     announcing what workers read next

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from streammerge.kernels.chunk import Look, Step, Sweep
 from streammerge.kernels.pass_results import PassResults
@@ -15,6 +15,9 @@ from streammerge.running.worker import MergeWork, bind, failures
 from streammerge.stores.checksums import CRC32C, Checksum
 from streammerge.stores.inputs import InputFiles
 from streammerge.tensors.spec import ranges
+
+if TYPE_CHECKING:
+    from streammerge.running.masking import SharedMasks
 
 T = TypeVar("T")
 
@@ -114,13 +117,16 @@ class _Making:
         task, shared = self.tasks[number], self.shared
         if not any(map(self.wanted, pieces(task, number))):
             return
+        from streammerge.running.masking import SharedMasks  # here, because most tensors are one worker's
+
         record = PassResults() if shared is None else shared.record()
         asked: list[int] = []
-        sweep: Sweep = sweep_on_all(self.job, self.executor, number, task, record, self.ahead, asked.append)
+        masks = SharedMasks(self.job)
+        sweep: Sweep = sweep_on_all(self.job, self.executor, number, task, record, self.ahead, asked.append, masks)
         with failures(task, 0, task.elems):
-            bind(task, sweep if shared is None else shared.over(sweep), record)
+            bind(task, sweep if shared is None else shared.over(sweep), record, masks=masks.make_room)
         spread = ([piece] for piece in self._missing(number))
-        for done in self._results(MergeWork(self.job, tuple(record.results)), spread):
+        for done in self._results(MergeWork(self.job, tuple(record.results), masks=masks.place), spread):
             yield done._replace(read_bytes=done.read_bytes + sum(asked)) if asked else done
             asked.clear()
 
@@ -145,13 +151,14 @@ def sweep_on_all(
     record: PassResults,
     ahead: InputFiles | None = None,
     asked: Callable[[int], object] = lambda nbytes: None,
+    masks: SharedMasks | None = None,
 ) -> Callable[..., Iterator[Any]]:
     """Returns a sweep over the pieces of a long tensor by all workers. ``record``: the results of the previous passes.
-    ``asked`` is called with the bytes that each answer took to read."""
+    ``asked`` is called with the bytes that each answer took to read. ``masks``: of this tensor."""
     from streammerge.running.sweeping import SweepWork
 
     def sweep(look: Look, step: Step[T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
-        work = SweepWork(job, number, task, tuple(record.results), step, sparse)
+        work = SweepWork(job, number, task, tuple(record.results), step, sparse, masks.place if masks else None)
         spans: Iterator[tuple[int, int, int]] = (
             (turn, start + a, start + b) for turn, (a, b) in enumerate(ranges(stop - start, task.piece_elems))
         )

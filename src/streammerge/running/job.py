@@ -19,7 +19,8 @@ from streammerge.stores.checksums import Checksum
 from streammerge.stores.inputs import InputFiles
 
 if TYPE_CHECKING:
-    from streammerge.stores.spilled import SpillFile
+    from streammerge.kernels.masks import MaskRoom
+    from streammerge.stores.spilled import SpillFile, SpillPlace
 
 
 class Target(Protocol):
@@ -126,6 +127,7 @@ class Bench:
         self._own_outputs: dict[Location, Output] = {}
         self._last: tuple[int, MergeTask] | None = None
         self._free: list[Workspace] = []
+        self._masks: tuple[SpillPlace, SpillFile | None] | None = None
         self._lock = threading.Lock()
         self._open = ExitStack()
         self._open.enter_context(faults.survived())
@@ -160,6 +162,17 @@ class Bench:
 
         return SpillFile(nbytes, self.job.home)
 
+    def masks_at(self, place: SpillPlace) -> MaskRoom | None:
+        """Returns the room for masks at this place, None if it cannot be opened here."""
+        from streammerge.kernels.masks import MaskRoom  # here, because most methods make no masks
+        from streammerge.stores.spilled import SpillFile
+
+        with self._lock:
+            if self._masks is None or self._masks[0] != place:
+                self._masks = place, SpillFile.at(place)
+            file = self._masks[1]
+        return None if file is None else MaskRoom(file, 1)
+
     def check_outputs(self) -> None:
         """Raises the error of a sync that failed when a file was closed between two uses. The kernel tells it only once, so
         no other process would learn of it."""
@@ -188,6 +201,7 @@ class Bench:
     def close(self) -> None:
         self.halted_by(_never)
         self._free.clear()
+        self._masks = None
         for file in self._own_outputs.values():
             file.close()
         if self._own_inputs is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from streammerge.kernels.chunk import Look, Step
 from streammerge.kernels.pass_results import PassResults
@@ -12,6 +12,9 @@ from streammerge.planning.tasks import MergeTask
 from streammerge.running.executors.base import Host
 from streammerge.running.job import Job
 from streammerge.running.worker import OTHER_PASSES, Worker, bind, failures
+
+if TYPE_CHECKING:
+    from streammerge.stores.spilled import SpillPlace
 
 T = TypeVar("T")
 Span = tuple[int, int, int]
@@ -23,7 +26,7 @@ class SweepWork:
     """Takes one step of a pass over spans of a long tensor.
 
     ``passes``: the results of the previous passes. The worker binds the method with them, and so gets the look of the
-    next pass.
+    next pass. ``masks``: where the masks are kept that a pass makes.
     """
 
     job: Job
@@ -32,6 +35,7 @@ class SweepWork:
     passes: tuple[bytes, ...]
     step: Step[Any]
     sparse: int
+    masks: SpillPlace | None = None
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -56,7 +60,7 @@ class SweepWorker(Worker):
         self.one_torch_thread()
         with failures(work.task, 0, work.task.elems):
             try:
-                bind(work.task, _reach, PassResults(work.passes))
+                bind(work.task, _reach, PassResults(work.passes), masks=self.masks_at(work.masks))
             except _Reached as reached:
                 self._look = reached.look
             else:

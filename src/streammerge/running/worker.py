@@ -31,9 +31,12 @@ from streammerge.tensors.threads import one_torch_thread
 if TYPE_CHECKING:
     import torch
 
+    from streammerge.kernels.masks import MaskRoom
+    from streammerge.running.masking import OwnMasks
     from streammerge.running.measuring import Measuring, Taking
     from streammerge.running.plain import PlainNumbers
     from streammerge.running.summing import Summing
+    from streammerge.stores.spilled import SpillPlace
 
 T = TypeVar("T")
 
@@ -43,12 +46,13 @@ class MergeWork(NamedTuple):
 
     ``passes``: the results of the method's passes, as :class:`PassResults` keeps them, if all units are pieces of one long
     tensor. None if each worker runs the passes of its tensors itself. ``alone``: whether each unit has all pieces of a long
-    tensor that are to be made.
+    tensor that are to be made. ``masks``: where the masks are that the passes of a long tensor have made.
     """
 
     job: Job
     passes: tuple[bytes, ...] | None = None
     alone: bool = False
+    masks: SpillPlace | None = None
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -67,6 +71,7 @@ class Worker:
         self.workspace = self.bench.take()
         self.bench.halted_by(host.check)
         self._prepared = False
+        self._own_masks: OwnMasks | None = None
 
     def close(self) -> None:
         """Raises OSError if the disk failed to store anything that this process has written, at any time of the job."""
@@ -80,6 +85,18 @@ class Worker:
 
             torch.set_num_threads(1)
             self._prepared = True
+
+    def own_masks(self, nbytes: int) -> MaskRoom | None:
+        """Returns room for the masks of a tensor that this worker makes alone."""
+        if self._own_masks is None:
+            from streammerge.running.masking import OwnMasks  # here, because most methods make no masks
+
+            self._own_masks = OwnMasks(self.job)
+        return self._own_masks.room(nbytes)
+
+    def masks_at(self, place: SpillPlace | None) -> Callable[[int], MaskRoom | None] | None:
+        """Returns what gives the room for the masks of a tensor that all workers share."""
+        return None if place is None else lambda nbytes: self.bench.masks_at(place)
 
     def source(self, task: MergeTask, keep: bool) -> Inputs:
         kept_bytes = self.job.budget.kept_bytes if keep else -1
@@ -104,7 +121,7 @@ class Worker:
 class MergeWorker(Worker):
     def __init__(self, work: MergeWork, host: Host) -> None:
         super().__init__(work.job, host)
-        self._passes, self._alone = work.passes, work.alone
+        self._passes, self._alone, self._masks = work.passes, work.alone, work.masks
         self._kernel: Kernel | None = None
         self._measuring: Measuring | None = None
         self._numbers: PlainNumbers | None = None
@@ -251,7 +268,7 @@ class MergeWorker(Worker):
 
         with failures(task, 0, task.elems):
             source = self.source(task, keep=False)
-            kernel = None if task.verbatim else bind(task, sweep, spills=self.bench.spill)
+            kernel = None if task.verbatim else bind(task, sweep, spills=self.bench.spill, masks=self.own_masks)
         for row, piece in enumerate(batch):
             outgoing = Outgoing(target.write_full, self.workspace.octets("out"), piece.offset)
             with failures(task, piece.start, piece.stop):
@@ -330,10 +347,10 @@ class MergeWorker(Worker):
         if self._kernel is not None:
             return self._kernel
         if self._passes is not None:
-            self._kernel = bind(task, _no_sweep, PassResults(self._passes))
+            self._kernel = bind(task, _no_sweep, PassResults(self._passes), masks=self.masks_at(self._masks))
             return self._kernel
 
-        return bind(task, sweep_of(self, task, source), spills=self.bench.spill)
+        return bind(task, sweep_of(self, task, source), spills=self.bench.spill, masks=self.own_masks)
 
     def _apply(
         self,
@@ -426,15 +443,16 @@ def bind(
     sweep: Callable[..., Iterator[Any]],
     results: PassResults | None = None,
     spills: Callable[[int], Spill] | None = None,
+    masks: Callable[[int], MaskRoom | None] | None = None,
 ) -> Kernel:
     """Returns the kernel of a task. ``sweep`` runs the passes whose results are not in ``results``; ``spills`` makes a
-    temporary file."""
+    temporary file, ``masks`` room for masks."""
     import torch
 
     if task.method.whole:
         return_large_blocks()
     models, compute = len(task.sources) - task.based, getattr(torch, task.compute)
-    more = (task.based, task.row, task.seed, results, task.turned, spills)
+    more = (task.based, task.row, task.seed, results, task.turned, spills, masks)
     group = TensorGroup(task.out.name, task.shape, models, compute, sweep, *more)
     return task.method.bind(group, task.parameters)
 

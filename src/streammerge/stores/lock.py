@@ -71,14 +71,7 @@ def this_run() -> Owner:
     except (OSError, KeyError, ImportError):
         user = str(os.getuid())
     began = time.strftime("%Y-%m-%d %H:%M:%S%z")
-    return Owner(os.getpid(), os.uname().nodename, _boot(), _namespace(), user, began)
-
-
-def _boot() -> str:
-    """Returns the kernel's identifier of this boot, "" if there is none."""
-    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
-        return file.read().strip()
-    return ""
+    return Owner(os.getpid(), os.uname().nodename, system.boot_id(), _namespace(), user, began)
 
 
 def _namespace() -> str:

@@ -15,6 +15,13 @@ UNSUPPORTED = frozenset(
 )
 
 
+def boot_id() -> str:
+    """Returns the kernel's identifier of this boot, "" if there is none."""
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
+    return ""
+
+
 def full_sync(fd: int) -> None:
     """Waits until the disk has all that was written to the file; on macOS, past the cache of the drive itself."""
     if hasattr(fcntl, "F_FULLFSYNC"):
