@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -152,7 +151,7 @@ def test_a_machine_that_died_while_finishing_is_followed(plan: Path, tmp_path: P
     with Claims(place_of(plan), LEASE_SECONDS) as other:
         other.take("finish")
         name = other.name
-    elsewhere = replace(lock.this_run(), host="node7", boot="other", namespace="other")
-    Path((home / claims.MACHINES / name).key).write_text(str({"beat": 1, **asdict(elsewhere)}).replace("'", '"'))
+    elsewhere = lock.this_run()._replace(host="node7", boot="other", namespace="other")
+    Path((home / claims.MACHINES / name).key).write_text(str({"beat": 1, **elsewhere._asdict()}).replace("'", '"'))
     sm.finish(plan)
     assert is_right(tmp_path)

@@ -104,7 +104,10 @@ def _read(
     problems = Problems()
     for each in documents:
         _refuse_others(each.data, name)
-    whole = gathered(documents, problems)
+    try:
+        whole = gathered(documents, problems)
+    except RecursionError:
+        raise RecipeError(f"{name} is nested too deeply") from None
     data, positions = whole.data, whole.positions
     for key in whole.doubled:
         problems.add(key, f"the key {printable(key[-1])} is given twice")

@@ -121,14 +121,14 @@ class _Making:
 
         record = PassResults() if shared is None else shared.record()
         asked: list[int] = []
-        masks = SharedMasks(self.job)
-        sweep: Sweep = sweep_on_all(self.job, self.executor, number, task, record, self.ahead, asked.append, masks)
-        with failures(task, 0, task.elems):
-            bind(task, sweep if shared is None else shared.over(sweep), record, masks=masks.make_room)
-        spread = ([piece] for piece in self._missing(number))
-        for done in self._results(MergeWork(self.job, tuple(record.results), masks=masks.place), spread):
-            yield done._replace(read_bytes=done.read_bytes + sum(asked)) if asked else done
-            asked.clear()
+        with closing(SharedMasks(self.job)) as masks:
+            sweep: Sweep = sweep_on_all(self.job, self.executor, number, task, record, self.ahead, asked.append, masks)
+            with failures(task, 0, task.elems):
+                bind(task, sweep if shared is None else shared.over(sweep), record, masks=masks.make_room)
+            spread = ([piece] for piece in self._missing(number))
+            for done in self._results(MergeWork(self.job, tuple(record.results), masks=masks.place), spread):
+                yield done._replace(read_bytes=done.read_bytes + sum(asked)) if asked else done
+                asked.clear()
 
     def _missing(self, number: int) -> Iterator[Piece]:
         return filter(self.wanted, pieces(self.tasks[number], number))

@@ -201,6 +201,8 @@ class Bench:
     def close(self) -> None:
         self.halted_by(_never)
         self._free.clear()
+        if self._masks is not None and self._masks[1] is not None:
+            self._masks[1].close()
         self._masks = None
         for file in self._own_outputs.values():
             file.close()

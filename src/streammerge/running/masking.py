@@ -22,9 +22,14 @@ class OwnMasks:
     def room(self, nbytes: int) -> MaskRoom | None:
         """Returns the room for the masks of the next tensor."""
         if nbytes > self._bytes:
+            self.close()
             self._file, self._bytes = _file(self._job, nbytes), nbytes
         self._number += 1
         return None if self._file is None else MaskRoom(self._file, self._number)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 class SharedMasks:
@@ -41,6 +46,10 @@ class SharedMasks:
     def make_room(self, nbytes: int) -> None:
         """Makes the room. Nobody uses it here."""
         self._file = _file(self._job, nbytes)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 def _file(job: Job, nbytes: int) -> SpillFile | None:

@@ -75,6 +75,8 @@ class Worker:
 
     def close(self) -> None:
         """Raises OSError if the disk failed to store anything that this process has written, at any time of the job."""
+        if self._own_masks is not None:
+            self._own_masks.close()
         self.bench.give_back(self.workspace)
         self.bench.check_outputs()
 

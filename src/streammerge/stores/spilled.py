@@ -36,7 +36,7 @@ class SpillFile:
     def __init__(self, size: int, home: Location | None = None, hurries: bool = True) -> None:
         folder = home if home is not None and home.store is LOCAL else LOCAL.parse(tempfile.gettempdir())
         fd, path = tempfile.mkstemp(prefix="streammerge-", dir=folder.key)
-        weakref.finalize(self, os.close, fd)
+        self._closing = weakref.finalize(self, os.close, fd)
         os.unlink(path)
         self._fd, self._place, self._hurries = fd, folder / "a temporary file", hurries
         with space_checked(self._place, size, folder.free_bytes()):
@@ -60,6 +60,10 @@ class SpillFile:
                 raise OSError(f"a temporary file in {self._place.parent} has become shorter")
             view, offset = view[count:], offset + count
 
+    def close(self) -> None:
+        """Closes the file. Without this it is closed when nothing refers to the object."""
+        self._closing()
+
     @property
     def place(self) -> SpillPlace:
         return SpillPlace(os.getpid(), self._fd, *_identity(self._fd), boot_id())
@@ -77,7 +81,7 @@ class SpillFile:
         except OSError:
             return None
         made = cls.__new__(cls)
-        weakref.finalize(made, os.close, fd)
+        made._closing = weakref.finalize(made, os.close, fd)
         if _identity(fd) != (place.device, place.inode):
             return None
         made._fd, made._place, made._hurries = fd, LOCAL.parse(tempfile.gettempdir()) / "a temporary file", False
