@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +73,25 @@ def test_random_numbers_are_made_once_where_there_is_room(
     once = MODELS * sum(elems)
     again = MODELS * sum(n for n in elems if n > GRAIN)
     assert (tmp_path / "drawn").stat().st_size == once + (0 if room else again)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_files_of_masks_are_closed_with_their_run(workers: int, files: list[Path], tmp_path: Path) -> None:
+    """Whatever still refers to them: the collector does not run."""
+    kept = list[Any]()
+    opened = masking.SpillFile
+
+    class Kept(opened):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **more: Any) -> None:
+            super().__init__(*args, **more)
+            kept.append(self)
+
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(masking, "SpillFile", Kept)
+            made(files, tmp_path / "out.safetensors", "dare_linear", parameters={"density": 0.5}, workers=workers)
+    finally:
+        gc.enable()
+    assert kept
+    assert not any(file._closing.alive for file in kept)

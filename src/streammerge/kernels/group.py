@@ -38,8 +38,7 @@ class TensorGroup:
     each. ``row`` elements belong together and are never split between chunks. ``compute`` is the dtype of the
     arithmetic. ``results`` holds the results of passes that an earlier binding made; they are not computed again.
     ``turned``: whether the tensors have their first axis last. ``spills`` makes a temporary file of so many bytes; without
-    it, spills are held in memory. ``masks`` makes room for so many bytes of
-    masks, if it can.
+    it, spills are held in memory. ``masks`` makes room for so many bytes of masks, if it can.
     """
 
     name: str

@@ -77,8 +77,8 @@ class Cost(NamedTuple):
     alone. ``spread_bytes``: memory for the passes of a tensor that all workers share. Readers of nested sources need:
     ``scratch`` bytes of their own regions, ``shared`` bytes of the region that they share, ``tiles`` tiles, and ``held``
     bytes outside the worker's buffers. To remember what they read several times they can use ``remembered`` bytes, and need
-    ``passing`` bytes for each element of a chunk beside ``lag`` bytes. ``summed``: bytes for sums by
-    products, if tensors can be summed so.
+    ``passing`` bytes for each element of a chunk beside ``lag`` bytes. ``summed``: bytes for sums
+    by products, if tensors can be summed so.
     """
 
     compute: int

@@ -30,8 +30,6 @@ _EXPONENTS = {DType.F64: 0x7FF << 52, DType.F32: 0xFF << 23, DType.F16: 0x1F << 
 """Bits of the exponent. All are set in infinity and NaN."""
 _MAGNITUDE, _ROUNDED_UP = 0x7FFFFFFF, 0x7F7F8000
 """Bits of a float32 without its sign, and those of the least one that is infinite as bfloat16."""
-
-
 _WHOLE = {
     DType.BOOL: "?", DType.I8: "i1", DType.I16: "i2", DType.I32: "i4", DType.I64: "i8",
     DType.U8: "u1", DType.U16: "u2", DType.U32: "u4", DType.U64: "u8",
@@ -58,8 +56,10 @@ def _combination_of(task: MergeTask) -> Combination:
 
 
 class PlainNumbers:
-    """Makes numbers for one worker. ``memory``: a float64 for each element that is asked for at once. Conversions need
-    none."""
+    """Makes the numbers of one worker.
+
+    ``memory``: a float64 for each element that is asked for at once. Conversions need none.
+    """
 
     def __init__(self, memory: memoryview) -> None:
         import numpy as np
