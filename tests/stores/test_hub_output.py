@@ -70,7 +70,8 @@ def test_the_hub_gets_the_bytes_of_a_local_merge_in_one_commit(
     assert hub.repos["me/merged-v1.5"].private
     assert any("it is private until its settings say otherwise" in note for note in result.notes)
     assert hub.repos["me/merged-v1.5"].messages == ["", "Merge by streammerge"]
-    assert max(most) <= max(len(local[shard]) for shard in SHARDS) + 200_000, "the disk holds one shard at a time"
+    if workers == 1:  # others may have a tensor of the next shard in hand
+        assert max(most) <= max(len(local[shard]) for shard in SHARDS) + 200_000, "the disk holds one shard at a time"
     assert content(here / "hf-home" / "streammerge") == {}
     assert not caplog.records
     assert capfd.readouterr() == ("", ""), "the client prints nothing"

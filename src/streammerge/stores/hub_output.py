@@ -1,8 +1,9 @@
 """Outputs of the hub: each large file is made on this machine, sent, and removed; one commit at the end makes all visible.
 
 The hub wants the SHA-256 of a file before its first byte, so a file is made on the disk first. While one is sent, nothing
-else is written, so the disk holds one file at a time. What was sent is recorded beside the journal, and a next run does not
-send it again. Files are sent over plain HTTP, not by the client's Xet library, whose memory has no bound.
+else is written, so the disk holds one file at a time, and what other workers had in hand of the next. What was sent is
+recorded beside the journal, and a next run does not send it again. Files are sent over plain HTTP, not by the client's Xet
+library, whose memory has no bound.
 """
 
 from __future__ import annotations
@@ -287,7 +288,7 @@ class HubStaging(LocalStaging):
     # ------------------------------------------------------------------------------------------------------------ sending
 
     def wait_for_room(self) -> None:
-        """Waits while a file is being sent, so that the disk holds one file at a time."""
+        """Waits while a file is being sent, so that of the next one the disk holds only what was in hand."""
         with self._changed:
             while self._waiting and self._failed is None:
                 self._changed.wait(_POLL_SECONDS)
