@@ -15,6 +15,7 @@ import time
 import traceback
 import urllib.request
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -100,6 +101,26 @@ def use_s3(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the parametrized tests slow that are beyond the sample of a test marked ``sampled(every, by=...)``.
+
+    One of ``every`` is in the sample, at least one for each value of the parameters that ``by`` names. Which ones they are
+    is drawn by their names, so that all processes, and all days, take the same.
+    """
+    groups: dict[tuple[Any, ...], list[pytest.Item]] = {}
+    for item in items:
+        mark = item.get_closest_marker("sampled")
+        if mark is not None and item.get_closest_marker("slow") is None and isinstance(item, pytest.Function):
+            values = item.callspec.params if hasattr(item, "callspec") else {}
+            same = tuple(str(values[name]) for name in mark.kwargs.get("by", "").split())
+            groups.setdefault((item.parent, item.originalname, *mark.args, *same), []).append(item)
+    for (_, _, every, *_), group in groups.items():
+        group.sort(key=lambda item: zlib.crc32(item.name.encode()))
+        for item in group[-(-len(group) // every) :]:
+            item.add_marker(pytest.mark.slow)
 
 
 def first_of_each(values: Iterable[Any], key: Callable[[Any], object]) -> list[Any]:

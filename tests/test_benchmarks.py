@@ -79,6 +79,7 @@ def test_what_a_parent_holds_is_not_the_childs() -> None:
 
 @pytest.mark.parametrize("form", ["safetensors", "pth", "legacy"])
 @pytest.mark.parametrize("shape", ["layers", "giant", "small"])
+@pytest.mark.sampled(3, by="form")
 def test_files_are_what_they_are_called(tmp_path: Path, shape: str, form: str) -> None:
     gigabytes = 0.3 if shape == "layers" else 0.01
     path = Model(gigabytes, 1, "bfloat16", shape, form).made(tmp_path)

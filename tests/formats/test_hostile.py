@@ -111,6 +111,7 @@ def test_pickle_itself_executes_the_payloads(tmp_path: Path) -> None:
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
 @pytest.mark.parametrize("container", h.CONTAINERS)
 @pytest.mark.parametrize("way", h.WAYS)
+@pytest.mark.sampled(4, by="way")
 def test_no_call_in_a_pickle_is_made(way: str, container: str, protocol: int, tmp_path: Path, asked: Any) -> None:
     wrap, tensor = h.CONTAINERS[container]
     calls = [h.Raw(h.WAYS[way](path, args)) for path, args in h.payloads(tmp_path / "canary").values()]

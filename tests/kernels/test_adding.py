@@ -106,6 +106,7 @@ def test_a_fused_sum_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
+@pytest.mark.sampled(2)
 def test_other_instructions_of_torch_round_products_too(capability: str) -> None:
     program = (
         "import torch; from streammerge.kernels.adding import rounds_products as r;"

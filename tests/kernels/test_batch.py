@@ -69,6 +69,7 @@ def written(folder: Path, dtype: torch.dtype, models: int, spoiled: bool = False
 
 @pytest.mark.parametrize(("method", "parameters"), METHODS, ids=lambda value: value if isinstance(value, str) else None)
 @pytest.mark.parametrize(("dtype", "spoiled"), [("bfloat16", False), ("float16", True), ("float64", False)])
+@pytest.mark.sampled(2)
 def test_a_batch_changes_no_byte(
     method: str, parameters: dict[str, Any], dtype: str, spoiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

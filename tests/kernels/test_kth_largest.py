@@ -35,6 +35,7 @@ KINDS: dict[str, Callable[[int, torch.Generator], Tensor]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.sampled(2, by="kind")
 def test_exactly_k_are_kept_and_the_first_of_equal_ones(kind: str, dtype: torch.dtype) -> None:
     for n in (1, 2, 7, 9_001, GRAIN, GRAIN + 1, 700_001):
         values = KINDS[kind](n, torch.Generator().manual_seed(n)).to(dtype).abs()

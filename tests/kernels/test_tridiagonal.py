@@ -45,6 +45,7 @@ COUNTED = torch.arange(200, dtype=torch.float64)
         pytest.param(1e200 * (1 + COUNTED), id="huge"),
     ],
 )
+@pytest.mark.sampled(2)
 def test_eigenvalues_of_every_kind(values: Tensor, count: int) -> None:
     check(rotated(values), count)
 

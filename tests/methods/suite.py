@@ -116,6 +116,7 @@ class MethodSuite:
         return self.ORACLES[case.method](wide, base.double() if case.base else None, draws, **case.parameters)
 
     @pytest.mark.parametrize("chunk_elems", [GRAIN, 3 * GRAIN])
+    @pytest.mark.sampled(2, by="case")
     def test_oracle(self, case: Case, chunk_elems: int) -> None:
         """Sizes that no chunk divides: float64 agrees to the last few bits, float32 to a millionth."""
         for shape in ((3, 70_001), (523, 401), (210_003,)):
@@ -163,6 +164,7 @@ class MethodSuite:
             assert merged(case, base, models)[2, 3].isnan(), "lost from the base"
 
     @pytest.mark.parametrize("chunk_elems", [GRAIN, 3 * GRAIN])
+    @pytest.mark.sampled(2, by="case")
     def test_infinities_and_nan_of_all_inputs_stay(self, case: Case, chunk_elems: int) -> None:
         """The rest is as if zeros stood there in every input."""
         for shape in ((), (1,), (5, 7), (3, 70_001), (523, 401)):
@@ -305,6 +307,7 @@ class MethodSuite:
         assert len(digests) == 1
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+    @pytest.mark.sampled(3, by="case")
     def test_there_is_room_for_many_models(self, case: Case, dtype: torch.dtype, tmp_path: Path) -> None:
         """The number of buffers is that of the contract, with every option that needs one."""
         contract = find_method(case.method)

@@ -53,6 +53,7 @@ def octets_of(source: Source, folder: Path) -> bytes:
 
 @pytest.mark.parametrize("in_file", [True, False])
 @pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.sampled(2, by="protocol")
 def test_every_number_is_what_numpy_reads(tmp_path: Path, protocol: int, in_file: bool) -> None:
     content = drawn()
     data = pickle.dumps(content, protocol)

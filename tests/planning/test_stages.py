@@ -120,6 +120,7 @@ def one_run(nodes: dict[str, dict[str, Any]], ending: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("at", range(0, len(NAMES), 5))
+@pytest.mark.sampled(2)
 def test_every_method_as_a_stage_equals_runs_through_files(models: Path, at: int) -> None:
     nodes = graph([NAMES[(at + number) % len(NAMES)] for number in range(5)])
     in_stages(nodes, ".safetensors")
@@ -162,6 +163,7 @@ def moves(recipe: dict[str, Any], out: str, **options: Any) -> tuple[int, int]:
 
 @counted
 @pytest.mark.parametrize("methods", GRAPHS, ids=",".join)
+@pytest.mark.sampled(3)
 def test_reads_and_writes_are_at_most_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, methods: list[str]) -> None:
     """The system counts, so that what passes read again is seen: by the runs through files, and by the graph."""
     monkeypatch.chdir(tmp_path)
@@ -228,6 +230,7 @@ def test_workers_tell_what_they_have_read(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("memory", ["200MiB", "1GiB"])
 @pytest.mark.parametrize("executor", ["threads", "processes"])
+@pytest.mark.sampled(2, by="executor")
 def test_no_byte_depends_on_memory_or_workers(models: Path, memory: str, executor: str) -> None:
     recipe = one_run(graph(["dare_linear", "ties", "slerp", "della", "sce"]), ".safetensors")
     sm.merge(recipe=recipe, out="one.safetensors", workers=1, executor="threads", allow_nonfinite=True)

@@ -106,6 +106,7 @@ WAYS: list[tuple[str, str, dict[str, Any]]] = [
 @pytest.mark.parametrize(
     ("kind", "out", "way"), WAYS, ids=[f"{kind}-{way.get('method', 'linear')}" for kind, _, way in WAYS]
 )
+@pytest.mark.sampled(2)
 def test_shares_make_the_bytes_of_a_merge(tmp_path: Path, files: Files, kind: str, out: str, way: dict[str, Any]) -> None:
     given = dict(way)
     if "base" in given:

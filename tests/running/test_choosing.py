@@ -179,6 +179,7 @@ def loaded_by_path(tmp_path: Path) -> Iterator[ModuleType]:
 
 @pytest.mark.usefixtures("_little_is_enough")
 @pytest.mark.parametrize("what", ["method", "parameter", "store"])
+@pytest.mark.sampled(3)
 def test_what_only_this_process_can_import_stays_with_threads(
     what: str, pair: list[Path], tmp_path: Path, loaded_by_path: ModuleType
 ) -> None:

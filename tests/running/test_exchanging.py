@@ -75,6 +75,7 @@ def exchanged(tmp_path: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("method", WAYS)
+@pytest.mark.sampled(2)
 def test_the_same_bytes_in_any_shares(tmp_path: Path, models: list[Path], method: str) -> None:
     way = asked(method, models)
     expected = whole(tmp_path, models, way)
@@ -120,6 +121,7 @@ def test_sums_are_exchanged_in_less_than_a_kilobyte(tmp_path: Path, models: list
 
 
 @pytest.mark.parametrize("method", ["ties", "slerp"])
+@pytest.mark.sampled(2)
 def test_machines_at_once_make_each_block_once(
     tmp_path: Path, models: list[Path], method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,6 +53,7 @@ def held(folder: Path) -> list[str]:
         *((way, {"executor": "processes"}) for way in ("in a pass", "interrupted")),
     ],
 )
+@pytest.mark.sampled(3)
 def test_a_failed_run_keeps_no_file_open(
     way: str, how: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

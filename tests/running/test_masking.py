@@ -43,6 +43,7 @@ def no_room(*args: Any, **more: Any) -> None:
 
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della", "della_linear"])
+@pytest.mark.sampled(2)
 def test_kept_masks_are_those_that_would_be_made_again(
     method: str, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,6 +61,7 @@ def test_kept_masks_are_those_that_would_be_made_again(
     ("executor", "workers", "room"),
     [("threads", 1, True), ("threads", 2, True), ("processes", 2, True), ("threads", 1, False)],
 )
+@pytest.mark.sampled(2)
 def test_random_numbers_are_made_once_where_there_is_room(
     executor: str, workers: int, room: bool, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -194,6 +194,7 @@ def test_a_short_merge_loads_no_torch(options: dict[str, Any], tmp_path: Path) -
 
 
 @pytest.mark.parametrize("executor", ["threads", "processes"])
+@pytest.mark.sampled(2)
 def test_torch_comes_late_for_what_is_not_finite(executor: str, tmp_path: Path) -> None:
     wrong = torch.ones(100_000)
     wrong[70_000] = math.nan

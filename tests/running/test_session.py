@@ -906,6 +906,7 @@ UNFORESEEN = {
 @pytest.mark.parametrize("seconds", [0.001, 60], ids=["journalled", "nothing journalled"])
 @pytest.mark.parametrize("error", UNFORESEEN)
 @pytest.mark.parametrize("container", OUTPUTS)
+@pytest.mark.sampled(3)
 def test_an_error_of_the_last_check_keeps_the_finished_work(
     pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, container: str, error: str, seconds: float
 ) -> None:

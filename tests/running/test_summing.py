@@ -134,6 +134,7 @@ def test_no_magnitude_exceeds_the_bound(dtype: str) -> None:
 
 @pytest.mark.parametrize("executor", ["threads", "processes"])
 @pytest.mark.parametrize("io", ["mmap", "pread"])
+@pytest.mark.sampled(2)
 def test_a_merge_has_the_same_bytes_with_and_without(
     executor: str, io: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

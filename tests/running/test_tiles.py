@@ -131,6 +131,7 @@ def test_sums_of_any_numbers_have_the_bits_of_the_kernels(
     ("executor", "dtype"),
     [("threads", torch.bfloat16), ("threads", torch.float16), ("threads", torch.float32), ("processes", torch.float32)],
 )
+@pytest.mark.sampled(2, by="executor")
 def test_tensors_of_a_sweep_have_the_bytes_of_their_merges(tmp_path: Path, executor: str, dtype: torch.dtype) -> None:
     paths = [tmp_path / f"{name}.safetensors" for name in "abc"]
     for seed, path in enumerate(paths):

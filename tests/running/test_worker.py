@@ -69,6 +69,7 @@ def processes() -> Iterator[Lasting]:
 
 
 @pytest.mark.parametrize("case", first_of_each(CASES, lambda case: case.method), ids=str)
+@pytest.mark.sampled(3)
 def test_spread_tensors_have_the_same_bytes_in_processes(
     case: Case, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: Lasting
 ) -> None:
@@ -162,6 +163,7 @@ def kept(out: Path) -> int:
         pytest.param("server", WAYS[0], id="server-linear", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.sampled(2)
 def test_a_killed_process_ends_the_run_and_the_next_one_goes_on(
     pair: list[Path], tmp_path: Path, way: dict[str, Any], victim: str
 ) -> None:
@@ -246,6 +248,7 @@ run()
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
+@pytest.mark.sampled(2)
 def test_a_stopped_command_leaves_no_process(pair: list[Path], tmp_path: Path, how: int, cli: Cli) -> None:
     sm.merge(pair, tmp_path / "whole.safetensors", workers=2)
     out = tmp_path / "out.safetensors"

@@ -87,6 +87,7 @@ def _sample(use: Use) -> str:
 
 
 @pytest.mark.parametrize("use", first_of_each(EVERY, _sample), ids=str)
+@pytest.mark.sampled(2)
 def test_every_method_within_and_around(tmp_path: Path, use: Use) -> None:
     """Each method merges its own result with other nested sources."""
     shape, disk = (301, 433), Disk(tmp_path)
@@ -107,6 +108,7 @@ def test_every_method_within_and_around(tmp_path: Path, use: Use) -> None:
 
 
 @pytest.mark.parametrize("use", USES, ids=str)
+@pytest.mark.sampled(2)
 def test_a_long_tensor_as_by_way_of_a_file(tmp_path: Path, use: Use) -> None:
     """The tensor has several pieces, so that workers share the passes of a real merge."""
     shape = (PIECE_ELEMS + 2 * GRAIN + 77,) if use.method != "sce" else (70, PIECE_ELEMS // 64 + 77)
@@ -283,6 +285,7 @@ def test_two_functions_without_a_name_of_their_own_are_two_methods(tmp_path: Pat
 
 
 @pytest.mark.parametrize("method", ["linear", "slerp"])
+@pytest.mark.sampled(2)
 def test_nested_sources_have_the_same_bytes_in_processes(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

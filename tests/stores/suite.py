@@ -626,6 +626,7 @@ class StoreSuite(ReadingSuite):
 
     @pytest.mark.parametrize("io", ["mmap", "pread"])
     @pytest.mark.parametrize("out", ["out.safetensors", "out.pth", "out"])
+    @pytest.mark.sampled(2, by="out")
     def test_checkpoints_are_merged_verified_and_converted(self, home: Location, out: str, io: str) -> None:
         inputs = self.inputs(home)
         result = sm.merge(inputs, home / out, io=io)

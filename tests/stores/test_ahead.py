@@ -118,6 +118,7 @@ def test_a_reader_that_waits_is_stopped() -> None:
 @pytest.mark.parametrize("workers", [1, 4, 16])
 @pytest.mark.parametrize("models", [3, 8])
 @pytest.mark.parametrize("announced", [True, False])
+@pytest.mark.sampled(3)
 def test_many_streams_side_by_side_fetch_each_block_once(workers: int, models: int, announced: bool) -> None:
     """With too few blocks each read dropped one that another worker still needed, and 20 times the bytes were fetched."""
     streams, piece = workers * models, 9 * BLOCK // 2

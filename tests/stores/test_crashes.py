@@ -33,12 +33,14 @@ def sweep(*arguments: object) -> tuple[int, int]:
 @pytest.mark.parametrize(
     ("kind", "every"), [("file", 12), ("archive", 24), ("spooled", 28), ("folder", 28), ("replaced folder", 28)]
 )
+@pytest.mark.sampled(2)
 def test_killed_at_any_call_nothing_is_lost(kind: str, every: int) -> None:
     tried, _ = sweep("kill-at-calls", "--kind", kind, "--every", every)
     assert tried > 5
 
 
 @pytest.mark.parametrize(("kind", "every"), [("file", 24), ("replaced folder", 48)])
+@pytest.mark.sampled(2)
 def test_a_disk_that_fails_at_any_call_loses_nothing(kind: str, every: int) -> None:
     tried, _ = sweep("fail-at-calls", "--kind", kind, "--every", every)
     assert tried > 12

@@ -39,6 +39,7 @@ except sm.StreammergeError as error:
     ],
 )
 @pytest.mark.parametrize(("share", "when"), [(0.0, 1), (0.3, 2), (0.95, 1), (0.6, 9)])
+@pytest.mark.sampled(2, by="method")
 def test_a_truncated_input_is_an_error_and_no_death(tmp_path: Path, io: str, method: str, share: float, when: int) -> None:
     for number in range(2):
         save_file(

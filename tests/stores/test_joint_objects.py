@@ -72,6 +72,7 @@ def test_claims_in_a_bucket(s3: str) -> None:
 
 
 @pytest.mark.parametrize("shares", [1, 2, 7])
+@pytest.mark.sampled(3)
 def test_a_folder_in_a_bucket_has_the_bytes_of_a_local_one(
     s3: str, tmp_path: Path, models: list[Path], shares: int
 ) -> None:
@@ -129,6 +130,7 @@ def content(place: str) -> bytes:
 
 
 @pytest.mark.parametrize(("shares", "method"), [(1, "linear"), (2, "slerp"), (7, "linear")])
+@pytest.mark.sampled(3)
 def test_one_large_file_is_sent_by_several_machines(
     s3: str, tmp_path: Path, large: list[Path], shares: int, method: str
 ) -> None:

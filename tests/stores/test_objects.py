@@ -205,6 +205,7 @@ def written(folder: Path, number: int) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pth", "old.pth", "folder"])
+@pytest.mark.sampled(2)
 def test_remote_inputs_give_the_bytes_of_local_ones(kind: str, s3: str, tmp_path: Path) -> None:
     paths = [written(tmp_path, number)[kind] for number in (1, 2)]
     remote = [upload(path, parse(f"{s3}/in/{path.name}")) for path in paths]

@@ -71,6 +71,7 @@ def killed(paths: list[Path], out: Location, *more: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["out.safetensors", "out/"])
+@pytest.mark.sampled(2)
 def test_a_killed_run_is_continued_and_ends_in_the_same_bytes(name: str, s3: str, tmp_path: Path) -> None:
     paths, out = inputs(tmp_path), parse(f"{s3}/{name}")
     more = ["--max-shard-size", "20MB"] if name.endswith("/") else []

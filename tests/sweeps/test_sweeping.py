@@ -72,6 +72,7 @@ def test_each_output_is_its_own_merge(here: Path, ending: str) -> None:
     ],
 )
 @pytest.mark.parametrize("ways", [{}, {"io": "pread", "workers": 1, "memory": "40MiB"}])
+@pytest.mark.sampled(2, by="method")
 def test_all_methods(here: Path, method: str, parameters: dict[str, Any], base: str | None, ways: dict[str, Any]) -> None:
     inputs = ["a.safetensors", "b.safetensors"]
     more: dict[str, Any] = {"method": method, "base": base, "integers": "first", "seed": 5, **ways}
@@ -122,6 +123,7 @@ def test_packed_records_are_unpacked_once(here: Path) -> None:
 
 
 @pytest.mark.parametrize("executor", ["threads", "processes"])
+@pytest.mark.sampled(2)
 def test_no_byte_depends_on_the_executor(here: Path, executor: str) -> None:
     inputs = ["a.safetensors", "b.safetensors"]
     result = sm.sweep(inputs, "out", weights=WEIGHTS, integers="first", executor=executor, workers=2)
@@ -368,6 +370,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["rules", "rules-lambda", "drawn", "slices", "stages", "tokens", "recast"],
 )
 @pytest.mark.parametrize("ways", [{}, {"io": "pread", "workers": 1, "memory": "40MiB"}], ids=["mmap", "pread"])
+@pytest.mark.sampled(2, by="recipe")
 def test_any_recipe_is_swept(models: None, recipe: str, name: str, values: list[str], ways: dict[str, Any]) -> None:
     written = recipe.replace("NAME", name).replace("VALUE", "0.5")
     Path("recipe.yaml").write_text(written)

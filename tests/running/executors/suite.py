@@ -130,6 +130,7 @@ class ExecutorSuite:
         "way",
         [{}, {"method": "ties", "parameters": {"density": 0.5}}, {"method": "dare_linear", "parameters": {"density": 0.5}}],
     )
+    @pytest.mark.sampled(3)
     def test_a_merge_has_the_bytes_it_has_with_threads(self, way: dict[str, object], tmp_path: Path) -> None:
         """Includes a long tensor, whose passes all workers share."""
         for seed in (1, 2, 3):
