@@ -22,7 +22,7 @@ import fuzz
 import hostile as h
 from streammerge.errors import FormatError
 
-MUTANTS = 500  # per seed
+MUTANTS = 250  # per seed
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import re
 import subprocess
@@ -27,10 +28,17 @@ ROOMS = (
 """Rooms from the bottom up. A room imports only from rooms before it."""
 
 
+@functools.cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    """Returns all nodes of a module's syntax tree."""
+    return tuple(ast.walk(ast.parse(path.read_text())))
+
+
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Returns dotted names of the package's modules that a file imports, for type checkers too."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "streammerge":
             module = (node.module or "").removeprefix("streammerge").lstrip(".")
             for alias in node.names:
@@ -121,7 +129,7 @@ PATH_METHODS = {
 def disk_calls(path: Path) -> list[str]:
     """What a module calls or imports that looks at a disk by a path."""
     found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import | ast.ImportFrom):
             from_ = node.module if isinstance(node, ast.ImportFrom) else ""
             names = [alias.name for alias in node.names]
@@ -166,7 +174,7 @@ def test_what_is_imported_is_declared() -> None:
     called = {"yaml": "pyyaml"}
     found = set()
     for path in SOURCE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             found |= {name.partition(".")[0] for name in names}

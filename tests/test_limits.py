@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 
 REASON = why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
-ELEMS = 48 << 20
+ELEMS = 32 << 20
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Writes three files of 100 MB; one tensor is nearly the whole file."""
+    """Writes three files of 67 MB; one tensor is nearly the whole file."""
     folder = tmp_path_factory.mktemp("inputs")
     block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
     for number in range(3):
@@ -55,7 +55,7 @@ def test_law_1_holds_where_the_kernel_kills(inputs: list[Path], tmp_path: Path, 
         inputs = inputs[1:]
     free = merge(inputs, tmp_path / "free.safetensors", "1GiB", *options)
     assert free.exit_code == 0, free.output
-    for memory in (80, 128):
+    for memory in (80,):
         out = tmp_path / f"{memory}.safetensors"
         limit = told(free)["startup_bytes"] + (memory << 20)
         limited = merge(inputs, out, f"{memory}MiB", *options, limit=limit)

@@ -281,7 +281,7 @@ def test_eight_large_models_are_planned_in_a_gibibyte(tmp_path: Path, method: st
 @pytest.mark.parametrize(
     ("method", "shape"),
     [
-        ("tsv", (1500, 800)),
+        ("tsv", (1500, 600)),
         pytest.param("iso_cts", (800, 1500), marks=pytest.mark.slow),
         pytest.param("tsv", (800, 1500), marks=pytest.mark.slow),
         pytest.param("iso_cts", (1500, 800), marks=pytest.mark.slow),

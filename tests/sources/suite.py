@@ -234,7 +234,7 @@ class SourceSuite:
             parameters = {"t": 0.3} if method == "slerp" else {}
             options = {"dtype": self.dtype} if self.dtype else {}
             expected = merge_of(tmp_path, [whole, whole], method, parameters=parameters, options=options)
-            for way in WAYS:
+            for way in WAYS[::2]:
                 made = merge_of(tmp_path, [entries, whole], method, parameters=parameters, options=options, **way)
                 assert {n: octets(t) for n, t in made.items()} == {n: octets(t) for n, t in expected.items()}, (method, way)
 
