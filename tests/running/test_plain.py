@@ -16,16 +16,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import streammerge as sm
+from running.test_makers import CHUNK, Bench, Opening, bench, kernel_maker
+from running.test_makers import made as made_by
 from streammerge.errors import MismatchError
 from streammerge.kernels.group import TensorGroup
 from streammerge.methods.exact import integers
 from streammerge.methods.registry import COPY, INTEGERS, LINEAR, find_method
 from streammerge.planning.tasks import MergeTask
-from streammerge.running.plain import PlainNumbers
+from streammerge.running.computing import KernelMaker
+from streammerge.running.plain import NumpyMaker, PlainNumbers
 from streammerge.sources.stored import Stored
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import TensorSpec
 
+__all__ = ["bench"]
 FLOATS = [DType.F64, DType.F32, DType.BF16, DType.F16]
 N = 20_001
 
@@ -137,6 +141,25 @@ def test_integers_are_settled_as_by_the_method(dtype: torch.dtype, policy: str) 
         wanted = {"last": chosen[-1], "max": torch.stack(list(chosen)).amax(0)}.get(policy, chosen[0])
         assert sure
         assert octets(found) == octets(wanted)
+
+
+def test_the_kernel_of_a_piece_is_bound_once_and_only_for_chunks_that_are_not_sure(bench: Opening) -> None:
+    for places, bound in (((), 0), ((5,), 1), ((5, CHUNK + 7, 3 * CHUNK), 1)):
+        models = [torch.randn(4 * CHUNK) for _ in range(2)]
+        for place in places:
+            models[1][place] = torch.nan
+        at, kernels = bench(models, weight=[0.5, 0.5]), list[KernelMaker]()
+
+        def by_kernel(at: Bench = at, kernels: list[KernelMaker] = kernels) -> KernelMaker:
+            kernels.append(kernel_maker(at))
+            return kernels[-1]
+
+        plain = PlainNumbers(at.workspace.octets("slots"))
+        maker = NumpyMaker(plain, at.task, at.source, CHUNK, by_kernel)
+        found = torch.frombuffer(bytearray(made_by(maker, 0, 4 * CHUNK, 4)), dtype=torch.float32)
+        assert len(kernels) == bound
+        assert maker.nonfinite == ({at.source.origin(1): len(places)} if places else {})
+        assert found.isnan().nonzero().ravel().tolist() == [*places]
 
 
 # --------------------------------------------------------------------------------------------------- in a process

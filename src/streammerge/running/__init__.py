@@ -11,9 +11,12 @@ Each module imports only modules above it::
     nonfinite  NaN and infinity in results, by input
     measuring  how far results lie from inputs
     announcing what workers read next
-    tiles      weighted sums of several outputs, from numbers that are converted once
+    makers     what makes the bytes of a tensor, chunk by chunk
+    copying    tensors whose bytes are copied
+    computing  tensors by the kernel of their method
     summing    weighted sums of many models, as products
     plain      weighted sums by numpy
+    tiles      weighted sums of several outputs, from numbers that are converted once
     worker     units of a merge, from inputs to written bytes
     sweeping   steps of a pass over a long tensor
     engine     gives all tensors of a run to workers

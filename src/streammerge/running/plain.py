@@ -6,18 +6,25 @@ and the result is rounded to float32, and from there to a shorter dtype.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 from streammerge.kernels.adding import exact_reciprocal
+from streammerge.kernels.chunk import chunk_spans
 from streammerge.kernels.group import TensorGroup
 from streammerge.methods.linear import Combination, combination
 from streammerge.methods.registry import COPY, INTEGERS
 from streammerge.planning.tasks import MergeTask
+from streammerge.running.workspace import load_torch
 from streammerge.tensors.dtypes import DType
-from streammerge.tensors.spec import ranges
+from streammerge.tensors.spec import GRAIN, ranges
+from streammerge.tensors.threads import one_torch_thread
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from streammerge.running.computing import KernelMaker
+    from streammerge.running.workspace import Inputs, Outgoing
 
     _Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -144,6 +151,44 @@ class PlainNumbers:
                 return True
         exponent = _EXPONENTS[dtype]
         return int(np.bitwise_and(out, out.dtype.type(exponent)).max(initial=0)) < exponent
+
+
+class NumpyMaker:
+    """Makes sums and integers by numpy. Hands a chunk that is not sure to the kernel's maker, for which torch is loaded.
+
+    ``chunk_elems``: the most elements of a chunk. ``by_kernel``: returns the kernel's maker, when it is first needed.
+    """
+
+    def __init__(
+        self,
+        numbers: PlainNumbers,
+        task: MergeTask,
+        source: Inputs,
+        chunk_elems: int,
+        by_kernel: Callable[[], KernelMaker],
+    ) -> None:
+        self._numbers, self._task, self._source, self._by_kernel = numbers, task, source, by_kernel
+        self._chunk_elems = min(chunk_elems, GRAIN)
+        self._kernel: KernelMaker | None = None
+
+    @property
+    def nonfinite(self) -> dict[str, int]:
+        return {} if self._kernel is None else self._kernel.nonfinite
+
+    def spans(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        return chunk_spans(start, stop, self._chunk_elems, 1)
+
+    def put(self, start: int, stop: int, outgoing: Outgoing) -> memoryview:
+        self._source.move_to(start, stop)
+        part = outgoing.room((stop - start) * self._task.out.dtype.element_bytes)
+        if self._numbers.put(self._task, self._source, start, stop, part):
+            return part
+        outgoing.take_back(len(part))
+        load_torch()
+        with one_torch_thread():
+            if self._kernel is None:
+                self._kernel = self._by_kernel()
+            return self._kernel.put(start, stop, outgoing)
 
 
 def _settle(task: MergeTask, source: Octets, start: int, stop: int, into: memoryview) -> bool:
