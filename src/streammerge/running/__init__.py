@@ -9,6 +9,7 @@ Each module imports only modules above it::
     job        what all works of one run share
     masking    room for masks between the passes and the kernel
     nonfinite  NaN and infinity in results, by input
+    sampling   which elements of a piece are measured
     measuring  how far results lie from inputs
     announcing what workers read next
     makers     what makes the bytes of a tensor, chunk by chunk
