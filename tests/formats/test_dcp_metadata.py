@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import replace
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -55,7 +55,6 @@ def test_a_piece_that_several_ranks_have_counts_once() -> None:
     assert made.items["w", (0, 0)].file == "__0_0.distcp", "the first rank's"
     assert made.items["w", (2, 0)].file == "__1_0.distcp"
     assert (made.objects, made.paths) == (["step"], {"w": ("model", "w")})
-    assert told(0) == joined([told(0)]), "what was told is not changed"
 
 
 @pytest.mark.parametrize("other", [told(1, shape=(5, 3)), told(1, dtype="float16")])
@@ -66,6 +65,6 @@ def test_ranks_that_tell_otherwise_are_refused(other: Metadata) -> None:
 
 def test_what_ranks_told_stays_as_it_was() -> None:
     first, second = told(0), told(1)
-    copies = [replace(each, tensors=dict(each.tensors), items=dict(each.items)) for each in (first, second)]
+    copies = deepcopy([first, second])
     joined([first, second])
     assert [first, second] == copies

@@ -17,6 +17,8 @@ from streammerge.tensors.dtypes import DType
     [
         ("optimizer.state.exp_avg.w", ("optimizer.state.exp_avg.w",), True),
         ("optim.w.step", ("optim", "w", "step"), True),
+        ("0.state.optimizer.w", ("app", "state", "optimizer", "w"), True),
+        ("0.state.model.optimizer.w", ("app", "state", "model", "optimizer", "w"), False),
         ("chained_0.optimizer.w", ("chained_0.optimizer.w",), True),
         ("state.layers.0.w.exp_avg_sq", ("state.layers.0.w.exp_avg_sq",), True),
         ("param_groups.w.lr", ("param_groups.w.lr",), True),
