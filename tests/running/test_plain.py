@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import streammerge as sm
+from formats import dcp_maker
 from running.test_makers import CHUNK, Bench, Opening, bench, kernel_maker
 from running.test_makers import made as made_by
 from streammerge.errors import MismatchError
@@ -307,3 +308,29 @@ def test_torch_has_its_threads_again_after_it_came_late(tmp_path: Path) -> None:
     fresh = subprocess.check_output([sys.executable, "-c", "import torch; print(torch.get_num_threads())"])
     shown = subprocess.check_output([sys.executable, "-c", code, *paths, str(tmp_path / "out.safetensors")])
     assert shown == b"True\n" + fresh
+
+
+_CONVERT = """
+import sys
+import streammerge as sm
+result = sm.convert(sys.argv[1], sys.argv[2], overwrite=True, executor="threads", workers=1)
+loaded = "torch" in sys.modules
+import torch
+print(loaded, result.peak_bytes < 40 << 20, torch.get_num_threads())
+"""
+
+
+@pytest.mark.parametrize(("name", "loads"), [("ranks", False), ("columns.pth", True)])
+def test_torch_never_comes_late_for_copies(name: str, loads: bool, tmp_path: Path) -> None:
+    """Rows of several ranks are joined without it. A matrix by columns is gathered by it, so it is loaded first: its memory
+    is not the run's, and it has its threads again."""
+    matrix = torch.randn(300, 400)
+    if loads:
+        torch.save({"w": matrix.t().contiguous().t()}, tmp_path / name)
+    else:
+        dcp_maker.write(tmp_path / name, {"w": matrix}, dcp_maker.sharded(0, 4))
+    out = tmp_path / "out.safetensors"
+    shown = subprocess.check_output([sys.executable, "-c", _CONVERT, str(tmp_path / name), str(out)], text=True)
+    fresh = subprocess.check_output([sys.executable, "-c", "import torch; print(torch.get_num_threads())"], text=True)
+    assert shown == f"{loads} True {fresh}"
+    assert torch.equal(load_file(out)["w"], matrix)

@@ -266,7 +266,8 @@ class MergeWorker(Worker):
         source, out_bytes = task.sources[0], self.job.budget.out_bytes
         if source.__class__ is Stored:
             return StoredCopier(source, self.bench.inputs, self.workspace, out_bytes)
-        self.one_torch_thread()
+        if "torch" in self.job.modules:
+            self.one_torch_thread()
         return ReaderCopier(task, self.source(task, keep=False), out_bytes)
 
     def _by_numpy(self, task: MergeTask) -> Maker:
