@@ -44,13 +44,14 @@ class Registry(Generic[Thing]):
         self._own: dict[str, Thing] = {}
         self._replacing: set[str] = set()
         self._loaded: dict[str, Thing] = {}
+        self._modules: dict[str, Mapping[str, Thing]] = {}
 
     @cached_property
     def built_in(self) -> dict[str, Thing]:
         """Returns the things of this package. Imports every module of the room, none of which imports torch."""
         found: dict[str, Thing] = {}
         for name in module_names(self.room):
-            found |= self._of_module(import_module(f"{self.room}.{name}"))
+            found |= self._of(name)
         return found
 
     @cached_property
@@ -120,10 +121,17 @@ class Registry(Generic[Thing]):
     def _built_in(self, name: str) -> Thing | None:
         """Returns the thing of this package with that name. Imports one module if the module of that name has it."""
         if "built_in" not in self.__dict__ and name in module_names(self.room):
-            found = self._of_module(import_module(f"{self.room}.{name}")).get(name)
+            found = self._of(name).get(name)
             if found is not None:
                 return found
         return self.built_in.get(name)
+
+    def _of(self, module: str) -> Mapping[str, Thing]:
+        """Returns the things of one module of the room. They are made once, since a store has connections of its own."""
+        made = self._modules.get(module)
+        if made is None:
+            made = self._modules.setdefault(module, self._of_module(import_module(f"{self.room}.{module}")))
+        return made
 
     def _plugin(self, name: str) -> Thing | None:
         return self._load(name) if name in self.plugins else None

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 import streammerge as sm
 from formats.dcp_maker import sharded, write
-from streammerge.formats import dcp, dcp_alike
+from streammerge.formats import dcp, dcp_alike, dcp_metadata
 from streammerge.stores.locations import parse
 
 
@@ -37,9 +37,9 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def _read(name: str) -> dcp.Metadata:
+def _read(name: str) -> dcp_metadata.Metadata:
     path = parse(f"{name}/.metadata")
-    return dcp.read_metadata((path, 0, path.size), name)
+    return dcp_metadata.read_metadata((path, 0, path.size), name)
 
 
 def test_steps_of_a_run_are_read_once() -> None:
@@ -53,9 +53,9 @@ def test_steps_of_a_run_are_read_once() -> None:
 def test_what_was_read_is_forgotten_with_its_container() -> None:
     _step("step-9", 1)
     container = dcp.read(parse("step-9"))
-    assert len(dcp._KNOWN) == 1
+    assert len(dcp_metadata._KNOWN) == 1
     del container
-    assert not dcp._KNOWN
+    assert not dcp_metadata._KNOWN
 
 
 def test_steps_of_a_run_are_merged_right() -> None:
@@ -109,7 +109,7 @@ def test_an_end_with_a_call_by_name_is_not_alike() -> None:
     assert dcp_alike.likeness(data.replace(b"cos\nsystem\n", b"N")) is not None
 
 
-def _told(read: Callable[[], dcp.Metadata]) -> dcp.Metadata | type[Exception]:
+def _told(read: Callable[[], dcp_metadata.Metadata]) -> dcp_metadata.Metadata | type[Exception]:
     try:
         return read()
     except sm.StreammergeError as error:
@@ -132,7 +132,7 @@ def test_a_damaged_end_tells_the_same_with_and_without_another_step() -> None:
         changed, at = bytearray(data), drawn.randrange(end - 20, len(data))
         changed[at : at + drawn.randrange(3)] = drawn.choice(inserted)
         Path("m/.metadata").write_bytes(changed)
-        made_anew, found = _told(partial(dcp._read, bytes(changed), "m")), _told(partial(_read, "m"))
+        made_anew, found = _told(partial(dcp_metadata._read, bytes(changed), "m")), _told(partial(_read, "m"))
         assert found == made_anew, bytes(changed[end:])
         hits += found is first
     assert hits > 5

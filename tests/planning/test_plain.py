@@ -44,6 +44,15 @@ def test_sums_of_a_few_models_need_none(paths: list[Path], inputs: slice, option
     assert needs_no_torch(plan.tasks) is wanted
 
 
+def test_copies_through_readers_that_compute_need_it(paths: list[Path], tmp_path: Path) -> None:
+    """A matrix that is stored with its columns one after the other is gathered by torch."""
+    for name, matrix, wanted in (("rows", torch.randn(5, 7), True), ("columns", torch.randn(7, 5).t(), False)):
+        torch.save({"w": matrix}, tmp_path / f"{name}.pth")
+        plan = sm.plan([tmp_path / f"{name}.pth"], tmp_path / "out.safetensors", method="copy")
+        assert all(task.verbatim for task in plan.tasks)
+        assert needs_no_torch(plan.tasks) is wanted
+
+
 def test_a_program_that_has_loaded_it_uses_it(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     plan = sm.plan(paths[:2], paths[0].parent / "out.safetensors")
     monkeypatch.setattr(plain, "sys", SimpleNamespace(modules={"torch": torch}))

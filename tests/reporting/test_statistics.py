@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import streammerge as sm
 from streammerge.reporting import making
 from streammerge.reporting.facts import Facts
-from streammerge.running.measuring import places
+from streammerge.running.sampling import places
 
 
 @pytest.fixture

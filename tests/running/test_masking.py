@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,3 +98,28 @@ def test_files_of_masks_are_closed_with_their_run(workers: int, files: list[Path
         gc.enable()
     assert kept
     assert not any(file._closing.alive for file in kept)
+
+
+def test_a_file_of_masks_is_used_again_until_a_tensor_needs_more_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, opened = list[int](), masking.SpillFile
+
+    class Kept(opened):  # type: ignore[misc, valid-type]
+        def __init__(self, size: int, *args: Any, **more: Any) -> None:
+            sizes.append(size)
+            super().__init__(size, *args, **more)
+
+    monkeypatch.setattr(masking, "SpillFile", Kept)
+    masks = masking.OwnMasks(SimpleNamespace(home=None))  # type: ignore[arg-type]
+    rooms = [masks.room(nbytes) for nbytes in (100, 70, 5000, 100)]
+    assert sizes == [100, 5000]
+    assert len({room.number for room in rooms if room is not None}) == 4, "each tensor has a number of its own"
+    files = [room.spill for room in rooms if room is not None]
+    assert files[0] is files[1]
+    assert files[2] is files[3]
+    alive = [file._closing.alive for file in (files[0], files[2])]  # type: ignore[attr-defined]
+    assert alive == [False, True], "the one before is closed"
+    masks.close()
+    assert not files[2]._closing.alive  # type: ignore[attr-defined]
+    monkeypatch.setattr(masking, "SpillFile", no_room)
+    assert masks.room(6000) is None
+    assert masks.room(10) is None

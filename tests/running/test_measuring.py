@@ -20,8 +20,9 @@ from streammerge.requests.merging import Request
 from streammerge.running import measuring
 from streammerge.running.execution import Result, execute
 from streammerge.running.finished import MeasuredTasks
-from streammerge.running.measuring import WINDOW, places, sample_size, squares
+from streammerge.running.measuring import squares
 from streammerge.running.process import resident_bytes
+from streammerge.running.sampling import places
 from streammerge.running.session import RunOptions
 
 SHAPES = {"long": (2, 4_200_001), "odd": (1, 70_001), **{f"s{n}": (n, 33) for n in range(1, 40)}, "one": (1,), "no": (0,)}
@@ -86,21 +87,6 @@ def test_dtypes_may_differ_and_archives_have_no_neighbours(tmp_path: Path, dtype
     paths = inputs(tmp_path, dtypes, "pth")
     result = measured(paths, tmp_path / "out.pth", weights=[0.3, 0.7])
     check(result, list(map(torch.load, paths)), torch.load(tmp_path / "out.pth"))
-
-
-@pytest.mark.parametrize("elems", [1, 15, 16, 17, 255, 1000, 65_536, 262_145, 1 << 22])
-def test_a_sample_is_spread_evenly(elems: int) -> None:
-    own = places(elems)
-    assert len(own) == sample_size(elems)
-    assert (np.diff(own) > 0).all()
-    assert 0 <= own[0] <= own[-1] < elems
-    if elems > 1000:
-        assert len(own) == {1000: 256, 65_536: 256, 262_145: 640, 1 << 22: 4096}[elems]
-        assert (
-            len({column // WINDOW for column in own % 1024}) >= min(len(own) // WINDOW, 64) // 2
-        )  # no column is preferred
-        halves = np.histogram(own, 2, (0, elems))[0]
-        assert halves.min() >= len(own) * 2 // 5
 
 
 def test_squares_leave_out_what_is_not_finite_and_hold_what_float32_does_not() -> None:
@@ -185,14 +171,3 @@ def test_a_plain_merge_measures_nothing(tmp_path: Path) -> None:
     merged = sm.merge([tmp_path / f"{name}.safetensors" for name in "ab"], tmp_path / "out.safetensors")
     assert merged.measured is not None
     assert not any(merged.measured.distances())
-
-
-@pytest.mark.parametrize("skipped", [0, 5])
-def test_pieces_that_are_made_as_one_have_their_own_samples(skipped: int) -> None:
-    sizes = (40, 256, 257, 1000, 65_536, 65_537, 3, 32_768, 70_000)
-    length = sum(sizes) - skipped - 60_000  # the last piece goes on in another chunk
-    wanted, begin = list[int](), -skipped
-    for size in sizes:
-        wanted += [begin + place for place in measuring.places(size).tolist() if 0 <= begin + place < length]
-        begin += size
-    assert measuring._of_many(sizes, skipped, length).places.tolist() == wanted

@@ -23,13 +23,23 @@ import streammerge as sm
 from methods.suite import Case, suites
 from running.executors.test_processes import descendants, wait_until
 from running.own_methods import failing
-from streammerge.methods.registry import find_method, list_methods
+from streammerge.methods.registry import COPY, find_method, list_methods
 from streammerge.planning import tasks
+from streammerge.planning.budget import Budget, Cost
+from streammerge.planning.tasks import MergeTask, Piece
+from streammerge.running.executors.base import Halted, Host
 from streammerge.running.executors.processes import ProcessExecutor
 from streammerge.running.executors.threads import ThreadExecutor
+from streammerge.running.job import Bench, Job
 from streammerge.running.session import Run
+from streammerge.running.worker import MergeWork
+from streammerge.sources.stored import Stored
 from streammerge.stores import journal
-from streammerge.tensors.spec import GRAIN
+from streammerge.stores.checksums import CRC32C
+from streammerge.stores.inputs import statuses
+from streammerge.stores.locations import parse
+from streammerge.tensors.dtypes import DType
+from streammerge.tensors.spec import GRAIN, TensorSpec
 
 CASES = [case for suite in suites() for case in suite.CASES if find_method(case.method).passes]
 
@@ -270,3 +280,46 @@ def test_a_stopped_command_leaves_no_process(pair: list[Path], tmp_path: Path, h
     assert kept(out) >= 5
     sm.merge(pair, out, executor="processes", workers=2)
     assert out.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+class Counted:
+    """A destination that counts the bytes that are written."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+
+    def open(self, bench: Bench) -> Counted:
+        return self
+
+    def write_full(self, data: memoryview, offset: int) -> None:
+        self.nbytes += len(data)
+
+    def found(self) -> None: ...
+
+
+@pytest.mark.parametrize("way", ["kernel", "numpy", "copy"])
+def test_a_worker_that_is_to_stop_ends_between_two_chunks(way: str, tmp_path: Path) -> None:
+    """Whatever makes the chunks."""
+    chunks, out = 5, Counted()
+    spec = TensorSpec("w", DType.F32, (chunks * 4 * GRAIN,))
+    (tmp_path / "a.bin").write_bytes(bytes(spec.nbytes))
+    sources = (Stored(spec, parse(str(tmp_path / "a.bin")), 0),) * (1 if way == "copy" else 2)
+    method = COPY if way == "copy" else find_method("linear")
+    task = MergeTask(spec, method, sources, 0, 0, {} if way == "copy" else method.resolve({}, 2), "float64")
+    budget = Budget(1, GRAIN if way == "kernel" else 4 * GRAIN, 4 * GRAIN, 1 << 20, Cost(8, 2, 4, 4), 0)
+    modules = () if way == "numpy" else ("torch",)
+    job = Job("stopping", budget, statuses([sources[0].path]), False, True, CRC32C, (out,), modules)
+    asked = list[int]()
+
+    def stopping() -> bool:
+        asked.append(out.nbytes)
+        return len(asked) > 3
+
+    host = Host(stopping)
+    worker = MergeWork(job).open(host)
+    with pytest.raises(Halted):
+        worker.run([Piece(task, 0, 0, task.elems)])
+    assert len(asked) == 4
+    assert out.nbytes < spec.nbytes
+    worker.close()
+    host.close()

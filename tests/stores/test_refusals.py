@@ -162,6 +162,35 @@ def test_a_file_may_be_read_where_nothing_may_be_listed(server: Refusing, tmp_pa
         sm.inspect("s3://bucket/b/1.safetensors")
 
 
+def test_what_may_be_read_is_known_for_one_store_and_one_set_of_credentials(
+    server: Refusing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a file that may be read, a denial means that there is no file. It says nothing to others."""
+    from streammerge.stores.s3 import S3
+
+    class Other(S3):
+        scheme = "other"
+
+    server.status, server.body = 403, BODY.format("AccessDenied", "Access Denied").encode()
+    server.files["/bucket/a/0.safetensors"] = b"12345"
+    here, there = S3(), Other()
+    assert here.look(here.parse("s3://bucket/a/0.safetensors")).size == 5  # type: ignore[union-attr]
+    assert here.look(here.parse("s3://bucket/a/1.safetensors")) is None
+    assert not here.is_folder(here.parse("s3://bucket/a/1.safetensors"))
+    for store, name in (
+        (here, "bucket/b/1.safetensors"),
+        (there, "bucket/a/1.safetensors"),
+        (S3(), "bucket/a/1.safetensors"),
+    ):
+        with pytest.raises(sm.StoreError, match="may not be used with these credentials"):
+            store.look(store.parse(f"{store.scheme}://{name}"))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "another")
+    with pytest.raises(sm.StoreError, match="may not be used with these credentials"):
+        here.look(here.parse("s3://bucket/a/1.safetensors"))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    assert here.look(here.parse("s3://bucket/a/1.safetensors")) is None
+
+
 def test_a_server_without_ranges_is_told(server: Refusing, monkeypatch: pytest.MonkeyPatch) -> None:
     server.ranges, server.files = False, {"/a/x.safetensors": bytes(1000)}
     address = os.environ["AWS_ENDPOINT_URL"]

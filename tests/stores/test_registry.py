@@ -14,6 +14,7 @@ from conftest import trained
 from safetensors.torch import save_file
 
 import streammerge as sm
+from streammerge.plugins import Registry
 from streammerge.stores import registry
 from streammerge.stores.base import Input, Location, Staging, Status, Store
 from streammerge.stores.locations import parse
@@ -211,3 +212,13 @@ def test_what_is_no_store_is_not_registered(known: None) -> None:
         with pytest.raises(sm.RecipeError, match=words):
             sm.register_store(kind)  # type: ignore[type-var]
         assert kind.scheme not in registry.STORES._own  # type: ignore[attr-defined]
+
+
+def test_a_store_is_made_once_whoever_asks_first() -> None:
+    """Its connections, and what it knows of a place, are for all locations."""
+    found = Registry("store", "streammerge.stores", registry._of_module, registry._of_plugin)
+    alone = found.find("memory"), found.find("s3")
+    assert found.find("memory") is alone[0]
+    assert found.find("s3") is alone[1]
+    every = found.all()
+    assert (every["memory"], every["s3"]) == alone

@@ -27,12 +27,13 @@ from streammerge.recipe.hub_names import hub_place
 from streammerge.requests.inputs import Held, opened
 from streammerge.running import process
 from streammerge.running.choosing import choose_executor, default_workers
+from streammerge.running.computing import bind, failures
 from streammerge.running.engine import modules_of, sweep_on_all
 from streammerge.running.executors.base import Executor, Executors, Host
 from streammerge.running.executors.registry import find_executor
 from streammerge.running.job import Job, lent, new_key
 from streammerge.running.spooling import spooled_tasks
-from streammerge.running.worker import Worker, bind, failures, sweep_of
+from streammerge.running.worker import Worker, sweep_of
 from streammerge.running.workspace import prepare_torch
 from streammerge.sources.deflated import PackedRecord
 from streammerge.stores import descriptors, faults

@@ -17,6 +17,9 @@ Each module imports only modules above it::
     shards              the files of one checkpoint as one container
     pieces              tensors in pieces of several ranks
     dcp_alike           metadata that tell the same
+    dcp_metadata        what the metadata of torch.distributed.checkpoint tell
+    dcp_names           what the names of its entries tell
+    dcp_items           the bytes of its items
     dcp                 folders of torch.distributed.checkpoint
     dcp_writer          the plan of such a folder
     hf_storage          the same as safetensors

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from streammerge.formats import archive, dcp
 from streammerge.formats.base import Container
+from streammerge.formats.dcp_metadata import Place
 from streammerge.stores.base import Location
 
 
@@ -24,6 +25,6 @@ class _Home(dcp.Home):
     def names(self) -> list[str]:
         return list(self.places)
 
-    def place(self, name: str) -> dcp.Place | None:
+    def place(self, name: str) -> Place | None:
         found = self.places.get(name)
         return None if found is None else (self.folder, *found)

@@ -13,9 +13,9 @@ from streammerge.plugins import Registry, module_names
 
 _ROOM = "streammerge.formats"
 _HELPERS = (
-    "archive", "base", "dcp", "dcp_alike", "dcp_writer", "detect", "distributed", "dtensors", "file_names", "folder",
-    "gguf_file", "gguf_names", "hf_storage", "nemo_folder", "pieces", "records", "registry", "safetensors_writer", "shards",
-    "zero",
+    "archive", "base", "dcp", "dcp_alike", "dcp_items", "dcp_metadata", "dcp_names", "dcp_writer", "detect", "distributed",
+    "dtensors", "file_names", "folder", "gguf_file", "gguf_names", "hf_storage", "nemo_folder", "pieces", "records",
+    "registry", "safetensors_writer", "shards", "zero",
 )  # fmt: skip
 """The modules beside this one that are no format, so that looking at a file imports only the formats that are asked."""
 

@@ -29,7 +29,7 @@ def needs_no_torch(tasks: Sequence[MergeTask]) -> bool:
         return False
     seconds = 0.0
     for task, count in alike(tasks):
-        if task.verbatim or _is_settled(task):
+        if _is_settled(task) or (task.verbatim and _reads_plainly(task)):
             continue
         if not _is_summed(task):
             return False

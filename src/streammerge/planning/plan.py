@@ -19,7 +19,7 @@ from streammerge.planning.budget import Budget
 from streammerge.planning.conservation import Account, is_alarming, unused_text, used_text
 from streammerge.planning.costs import budget_of, is_stored
 from streammerge.planning.dispositions.ledger import Dispositions
-from streammerge.planning.outputs.container import plan_output
+from streammerge.planning.outputs.container import like_first, plan_output
 from streammerge.planning.outputs.layout import Layout, Placed, PlacedTensors, PlannedOutput
 from streammerge.planning.receipt import InputSpans
 from streammerge.planning.tasks import MergeTask, Tasks, alike, objects, turned_places, where
@@ -28,15 +28,12 @@ from streammerge.recipe.model import Recipe
 from streammerge.recipe.summary import recipe_lines, rule_lines, stage_lines, weight_notes
 from streammerge.sources.base import BlobPath, Source
 from streammerge.stores.base import Location, Status
-from streammerge.stores.locations import parse
 from streammerge.units import binary_bytes, counted, decimal_bytes, inflected
 
 if TYPE_CHECKING:
     from streammerge.checkpoints.index import CheckpointIndex
     from streammerge.planning.vocabularies import Tokenized
     from streammerge.sources.deflated import PackedKey
-
-_EXAMPLE_OUT = "merged.safetensors"
 
 
 @dataclass(slots=True, repr=False, eq=False)
@@ -247,7 +244,7 @@ def build_plan(
         from streammerge.planning.like_base import like_base  # here, because most outputs are not quantised
 
         indexes = like_base(recipe, indexes, alignment)
-    output = plan_output(out or parse(_EXAMPLE_OUT), recipe, indexes, alignment, hashed)
+    output = plan_output(out or like_first(indexes[recipe.checkpoints[0]]), recipe, indexes, alignment, hashed)
     made = all_tasks(output.placed, recipe.seed, out is not None and out.store.sends_parts)
     tasks, expressions, spooled = _nested(made)
     pickle_bytes = _pickle_bytes(indexes, output.layout, alignment.tokenized)

@@ -9,11 +9,15 @@ Each module imports only modules above it::
     job        what all works of one run share
     masking    room for masks between the passes and the kernel
     nonfinite  NaN and infinity in results, by input
+    sampling   which elements of a piece are measured
     measuring  how far results lie from inputs
     announcing what workers read next
-    tiles      weighted sums of several outputs, from numbers that are converted once
+    makers     what makes the bytes of a tensor, chunk by chunk
+    copying    tensors whose bytes are copied
+    computing  tensors by the kernel of their method
     summing    weighted sums of many models, as products
     plain      weighted sums by numpy
+    tiles      weighted sums of several outputs, from numbers that are converted once
     worker     units of a merge, from inputs to written bytes
     sweeping   steps of a pass over a long tensor
     engine     gives all tensors of a run to workers

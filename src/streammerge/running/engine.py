@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from streammerge.kernels.chunk import Look, Step, Sweep
 from streammerge.kernels.pass_results import PassResults
 from streammerge.planning.tasks import MergeTask, Piece, PieceDone, alike, batches, pieces, where
+from streammerge.running.computing import bind, failures
 from streammerge.running.executors.base import Executor
 from streammerge.running.job import Job
-from streammerge.running.worker import MergeWork, bind, failures
+from streammerge.running.worker import MergeWork
 from streammerge.stores.checksums import CRC32C, Checksum
 from streammerge.stores.inputs import InputFiles
 from streammerge.tensors.spec import ranges

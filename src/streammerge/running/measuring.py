@@ -1,9 +1,7 @@
 """Measures on a sample how far results lie from their inputs, while both are at hand.
 
-The sample of a piece is the whole piece up to 256 elements, and 256 of up to 65,536. Then it grows as n^(2/3), to 4,096 of
-about 4 million, which is all of a piece: windows of 16 elements, evenly over the piece, or over two spans of 131,072
-elements if the piece is longer than these. Each window lies at another place of its share. So the sample is a function of
-the piece's length, does not depend on chunks, workers or the memory, and prefers no row or column of a matrix.
+A worker lets :class:`Taking` look at each chunk, which copies the elements of the sample (:mod:`.sampling`) to
+:class:`Measuring`. There those of many chunks are held, and their squares are summed at once.
 """
 
 from __future__ import annotations
@@ -12,111 +10,25 @@ import math
 import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from streammerge.planning.tasks import Piece, PieceDone
+from streammerge.running.sampling import EMPTY, FIRST, PARTS, SPAN, WINDOW, Array, Sample, of_many, of_one, spans
 from streammerge.running.workspace import Inputs
-from streammerge.tensors.spec import GRAIN, ranges
+from streammerge.tensors.spec import ranges
 
 if TYPE_CHECKING:
     import torch
 
-Array = np.ndarray[Any, Any]
-WINDOW = 16
-"""Elements that are taken together."""
-_LEAST, _MOST = 1 << 8, 1 << 12
-_PARTS, _SPAN = 2, 2 * GRAIN
-"""Parts of a long piece that are looked at, and their elements. Most chunks are not, since what is rarely run is slow."""
 _MOST_HELD = 1 << 15
 """Numbers of a sample that are held of each source before they are summed."""
-_GOLDEN = 2654435769
-"""2^32 divided by the golden ratio: its multiples modulo 2^32 lie evenly."""
 _BITS: dict[int, type[Any]] = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
 _WINDOWS = {size: np.dtype((np.void, size * WINDOW)) for size in _BITS}
 _SMALL, _LARGE = 1e-25, 1e35
 """Sums of squares in float32 that are sure to be right."""
-
-
-def sample_size(elems: int) -> int:
-    """Returns how many elements of a piece are in its sample."""
-    windows = round(_LEAST // WINDOW * max(elems / GRAIN, 1.0) ** (2 / 3))
-    windows = min(windows, _MOST // WINDOW)
-    return elems if elems <= windows * WINDOW else windows * WINDOW
-
-
-@lru_cache(maxsize=256)
-def places(elems: int) -> Array:
-    """Returns the elements of a piece that are in its sample, in order: int64."""
-    size = sample_size(elems)
-    if size == elems:
-        return np.arange(elems)
-    count = size // WINDOW
-    if elems <= _PARTS * _SPAN:
-        begins = _spread(elems, count, WINDOW)
-    else:
-        each = count // _PARTS
-        begins = np.concatenate([n + _spread(_SPAN, each, WINDOW, turn * each) for turn, n in enumerate(spans(elems))])
-    found: Array = (begins[:, None] + np.arange(WINDOW)).ravel()
-    return found
-
-
-@lru_cache(maxsize=256)
-def spans(elems: int) -> tuple[int, ...]:
-    """Returns where the parts of a piece begin that are looked at. Most chunks hold such a part as a whole, since both
-    begin with a multiple of some grains."""
-    if elems <= _PARTS * _SPAN:
-        return (0,)
-    return tuple((_spread(elems, _PARTS, _SPAN) // _SPAN * _SPAN).tolist())
-
-
-def _spread(elems: int | Array, count: int, length: int, turn: int = 0) -> Array:
-    """Returns where ``count`` spans of ``length`` begin, one in each of as many equal shares of ``elems``: multiples
-    of ``WINDOW``. ``turn``: another one gives other places in the shares. A column of numbers of elements makes rows."""
-    numbers = np.arange(count + 1)
-    edges = numbers * elems // count
-    turns = (numbers[:-1] + turn) * _GOLDEN % (1 << 32)
-    shares = edges[..., 1:] - edges[..., :-1]
-    found: Array = edges[..., :-1] + (turns * (shares - length + 1) >> 32)
-    return found // WINDOW * WINDOW
-
-
-_NOTHING: Array = np.empty(0, np.int64)
-_FIRST: Array = np.zeros(1, np.int64)
-
-
-class _Sample(NamedTuple):
-    """Elements of a sample in a chunk, counted from its begin. ``rows`` have any, and theirs begin at ``begins``.
-    ``windows``: the numbers of its windows, if it is whole windows of the chunk, whose copies are fast."""
-
-    places: Array
-    rows: Array
-    begins: Array
-    windows: Array | None
-
-
-def _sample(places: Array, rows: Array, begins: Array) -> _Sample:
-    first = places[::WINDOW]
-    whole = (
-        not len(places) % WINDOW
-        and not (first % WINDOW).any()
-        and bool((places[WINDOW - 1 :: WINDOW] - first == WINDOW - 1).all())
-    )
-    return _Sample(places, rows, begins, first // WINDOW if whole else None)
-
-
-_EMPTY = _sample(_NOTHING, _NOTHING, _NOTHING)
-
-
-@lru_cache(maxsize=256)
-def _of_one(elems: int, start: int, stop: int) -> _Sample:
-    """Returns the elements ``start`` to ``stop`` of a piece that are in its sample, counted from ``start``."""
-    own = places(elems)
-    first, last = np.searchsorted(own, (start, stop))
-    return _sample(own[first:last] - start, _FIRST, _FIRST)
 
 
 class Measuring:
@@ -182,12 +94,7 @@ class Measuring:
                 self._views.append(None if octets is None else np.frombuffer(octets, bits))
         return self._views
 
-    def drop(self, row: int, count: int) -> None:
-        """Drops what was measured of so many pieces."""
-        self._settle()
-        self._sums[row : row + count] = 0.0
-
-    def hold(self, row: int, sample: _Sample, numbers: Sequence[Array], whole: bool) -> None:
+    def hold(self, row: int, sample: Sample, numbers: Sequence[Array], whole: bool) -> None:
         """Takes a sample of the bits of the result, and of each source. ``row``: of the first piece of the sample.
         ``whole``: whether all are the bits of the whole chunk. Else those that are as many as the sample are the sample."""
         size = len(sample.places)
@@ -225,33 +132,18 @@ class Measuring:
             every = bits[: len(bits) // WINDOW * WINDOW].view(form)
             every.take(windows, out=into[self._count : count].view(form), mode="clip")
 
-    def put_into(self, made: Sequence[PieceDone]) -> list[PieceDone]:
-        """Returns the results of the pieces with what was measured: the first of pieces that follow each other, over as
-        many sources, has it for all of them."""
-        self._settle()
-        norms = np.sqrt(self._sums).astype("<f4")
-        found, first = list(made), 0
-        for row, inputs in enumerate(self._inputs):
-            follows = row + 1 < len(made) and self._inputs[row + 1] == inputs
-            if not follows or made[row + 1].number != made[row].number + 1:
-                if inputs:
-                    measured = norms[first : row + 1, : 2 * inputs].tobytes()
-                    found[first] = made[first]._replace(measured=measured)
-                first = row + 1
-        return found
-
     def _settle(self) -> None:
         """Adds the sums of what is held."""
         count, self._count = self._count, 0
         if not count:
             return
         first, last = int(self._rows[0][0]), int(self._rows[-1][-1])
-        rows, starts = _FIRST, _FIRST
+        rows, starts = FIRST, FIRST
         if first != last:
             rows, starts = np.concatenate(self._rows), np.concatenate(self._begins)
             new = rows[1:] != rows[:-1]  # a row may have lain in several chunks
             if not new.all():
-                new = np.concatenate([_FIRST == 0, new])
+                new = np.concatenate([FIRST == 0, new])
                 rows, starts = rows[new], starts[new]
         self._rows.clear()
         self._begins.clear()
@@ -271,6 +163,26 @@ class Measuring:
         else:
             self._sums[rows, : 2 * inputs : 2] += sums[:, inputs:]
             self._sums[rows, 1 : 2 * inputs : 2] += sums[:, :inputs]
+
+    def drop(self, row: int, count: int) -> None:
+        """Drops what was measured of so many pieces."""
+        self._settle()
+        self._sums[row : row + count] = 0.0
+
+    def put_into(self, made: Sequence[PieceDone]) -> list[PieceDone]:
+        """Returns the results of the pieces with what was measured: the first of pieces that follow each other, over as
+        many sources, has it for all of them."""
+        self._settle()
+        norms = np.sqrt(self._sums).astype("<f4")
+        found, first = list(made), 0
+        for row, inputs in enumerate(self._inputs):
+            follows = row + 1 < len(made) and self._inputs[row + 1] == inputs
+            if not follows or made[row + 1].number != made[row].number + 1:
+                if inputs:
+                    measured = norms[first : row + 1, : 2 * inputs].tobytes()
+                    found[first] = made[first]._replace(measured=measured)
+                first = row + 1
+        return found
 
 
 def _overlapping(begins: Array, start: int, stop: int) -> tuple[int, int]:
@@ -294,11 +206,9 @@ class Taking:
         self._sizes = [part.stop - part.start for part in parts]
         self._begins = [0, *accumulate(self._sizes)]
         self._span = (-1, -1)
-        self._waits = (
-            [*spans(self._sizes[0]), self._sizes[0]] if len(parts) == 1 and self._sizes[0] > _PARTS * _SPAN else []
-        )
+        self._waits = [*spans(self._sizes[0]), self._sizes[0]] if len(parts) == 1 and self._sizes[0] > PARTS * SPAN else []
         """Where parts of the only piece begin that are not made yet, and its end."""
-        self._of_row, self._sample = row, _EMPTY
+        self._of_row, self._sample = row, EMPTY
         self._taken: dict[int, Array] = {}
         self._mapped = views
         bits = parts[0].task.out.dtype.component.element_bytes
@@ -330,17 +240,17 @@ class Taking:
         if self._taken:
             self._taken.clear()
         if self._waits and stop - self._first <= self._waits[0]:
-            self._sample = _EMPTY
+            self._sample = EMPTY
         elif len(self._sizes) == 1:
-            while self._waits and self._waits[0] + _SPAN <= stop - self._first:
+            while self._waits and self._waits[0] + SPAN <= stop - self._first:
                 self._waits.pop(0)
-            self._sample = _of_one(self._sizes[0], start - self._first, stop - self._first)
+            self._sample = of_one(self._sizes[0], start - self._first, stop - self._first)
         else:
             start, stop = start - self._first, stop - self._first
             first = bisect_right(self._begins, start) - 1
             last = bisect_left(self._begins, stop)
             self._of_row = self._row + first
-            self._sample = _of_many(tuple(self._sizes[first:last]), start - self._begins[first], stop - start)
+            self._sample = of_many(tuple(self._sizes[first:last]), start - self._begins[first], stop - start)
 
     def made(self, out: memoryview) -> None:
         """Takes the sample of the chunk's result, and of all sources that were not read."""
@@ -359,29 +269,6 @@ class Taking:
             numbers.append(self._taken[number])
             whole = False
         self._measuring.hold(self._of_row, self._sample, numbers, whole)
-
-
-@lru_cache(maxsize=8)
-def _of_many(sizes: tuple[int, ...], skipped: int, length: int) -> _Sample:
-    """Returns the sample in ``length`` elements of neighbouring pieces, counted from their begin. ``skipped``: elements of
-    the first piece before these."""
-    lengths = np.array(sizes)
-    begins = np.cumsum(lengths) - lengths - skipped
-    of_one_size = (begins >= 0) & (begins + lengths <= length) & (lengths > _LEAST) & (lengths <= GRAIN)
-    windows = _spread(lengths[of_one_size, None], _LEAST // WINDOW, WINDOW) + begins[of_one_size, None]
-    alike = iter((windows[:, :, None] + np.arange(WINDOW)).reshape(len(windows), _LEAST))  # at once: calls are slow
-    found, counts = list[Array](), list[int]()
-    for size, begin, is_alike in zip(sizes, begins.tolist(), of_one_size.tolist(), strict=True):
-        if is_alike:
-            own = next(alike)
-        else:
-            whole = begin >= 0 and begin + size <= length
-            own = places(size) if whole else _of_one(size, max(-begin, 0), min(length - begin, size)).places
-            own = own + max(begin, 0)
-        found.append(own)
-        counts.append(len(own))
-    rows = np.flatnonzero(counts)
-    return _sample(np.concatenate(found), rows, (np.cumsum(counts) - counts)[rows])
 
 
 def _widened(bits: Array, dtype: torch.dtype) -> Array:

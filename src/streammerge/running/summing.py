@@ -11,16 +11,17 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Protocol
 
-from streammerge.kernels.chunk import Buffers, Chunk, Kernel
+from streammerge.kernels.chunk import Buffers, Chunk
 from streammerge.methods.linear import Combination
 from streammerge.planning.summed import sizes, summed_bytes
-from streammerge.planning.tasks import MergeTask
+from streammerge.running.computing import KernelMaker
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import GRAIN, ranges
 
 if TYPE_CHECKING:
     import torch
 
+    from streammerge.running.workspace import Outgoing
     from streammerge.stores.base import Input
 
 _MOST_UNSURE_BYTES = 256 << 10
@@ -30,20 +31,34 @@ _UNIT = 2.0**-53
 """The relative error of one operation."""
 
 
-def summing(
-    kernel: Kernel,
-    task: MergeTask,
-    memory: memoryview,
-    buffers: Buffers,
-    source: Sources,
-) -> Summing | None:
-    """Returns the way to make the sums of a task (:func:`is_summed`) in this memory. None if there is none."""
+def by_products(maker: KernelMaker, memory: memoryview, buffers: Buffers, source: Sources) -> ProductMaker | None:
+    """Returns what makes the sums of a task (:func:`is_summed`) in this memory. None if its kernel is no sum that products
+    can propose. ``maker``: calls the kernel."""
+    kernel, task = maker.kernel, maker.task
     if not isinstance(kernel, Combination) or not kernel.divisor:
         return None
     dtype = task.sources[0].spec.dtype
     if summed_bytes(len(kernel.weights) + bool(kernel.of_base), dtype.element_bytes) > len(memory):
         return None
-    return Summing(kernel, dtype, task.based, memory, buffers, source)
+    return ProductMaker(Summing(kernel, dtype, task.based, memory, buffers, source), maker)
+
+
+class ProductMaker:
+    """Makes sums by products. What is not finite is settled by the kernel's maker."""
+
+    def __init__(self, sums: Summing, kernel: KernelMaker) -> None:
+        self._sums, self._kernel = sums, kernel
+        self.nonfinite, self.spans = kernel.nonfinite, kernel.spans
+
+    def put(self, start: int, stop: int, outgoing: Outgoing) -> memoryview:
+        import torch
+
+        chunk, dtype = self._kernel.chunk(start, stop), self._kernel.task.out.dtype
+        part = outgoing.room((stop - start) * dtype.element_bytes)
+        out = torch.frombuffer(part, dtype=dtype.torch)
+        if not self._sums.sums(start, stop, out):
+            self._kernel.count(out, chunk)
+        return part
 
 
 class Sources(Protocol):

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from streammerge.kernels.chunk import Look, Step
 from streammerge.kernels.pass_results import PassResults
 from streammerge.planning.tasks import MergeTask
+from streammerge.running.computing import OTHER_PASSES, bind, failures
 from streammerge.running.executors.base import Host
 from streammerge.running.job import Job
-from streammerge.running.worker import OTHER_PASSES, Worker, bind, failures
+from streammerge.running.worker import Worker
 
 if TYPE_CHECKING:
     from streammerge.stores.spilled import SpillPlace

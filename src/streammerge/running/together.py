@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from streammerge.errors import BudgetError
 from streammerge.events import Listener, Spooled, TaskDone
-from streammerge.kernels.chunk import Chunk, Kernel, chunk_spans
+from streammerge.kernels.chunk import chunk_spans
 from streammerge.methods.linear import Combination
 from streammerge.planning.budget import (
     BEST_CHUNK_ELEMS,
@@ -30,13 +30,14 @@ from streammerge.planning.plan import Plan
 from streammerge.planning.tasks import MergeTask, Piece, PieceDone, as_one_piece, objects, pieces, stretches, where
 from streammerge.running import process
 from streammerge.running.choosing import executor_of
+from streammerge.running.computing import KernelMaker, bind, failures
 from streammerge.running.engine import modules_of
 from streammerge.running.executors.base import Executors, Host
 from streammerge.running.job import Job, OutputPlace, lent, new_key
 from streammerge.running.session import Run
 from streammerge.running.spooling import spooled_tasks
 from streammerge.running.tiles import TILE_BYTES, Summed, Tiles
-from streammerge.running.worker import MergeWork, MergeWorker, bind, count_nonfinite, done_of, failures, put, sweep_of
+from streammerge.running.worker import MergeWork, MergeWorker, done_of, sweep_of
 from streammerge.running.workspace import Inputs, Outgoing
 from streammerge.sources.base import Source
 from streammerge.sources.deflated import PackedRecord
@@ -142,39 +143,32 @@ class TogetherWorker(MergeWorker):
 
     def _chunks_once(self, sources: Piece, wholes: list[Piece], outgoing: list[Outgoing]) -> list[PieceDone]:
         """Computes one piece of each output, chunk by chunk."""
-        import torch
-
         source = self.source(sources.task, keep=False)
         once = _Once(source, self._raw)
         views = [_Picked(once, source, _numbers(sources.task, whole.task)) for whole in wholes]
-        kernels = list[Kernel]()
-        for whole in wholes:
+        makers, sums = list[KernelMaker](), [0] * len(wholes)
+        for whole, view in zip(wholes, views, strict=True):
             with failures(whole.task, whole.start, whole.stop):
-                kernels.append(bind(whole.task, sweep_of(self, whole.task, source)))
-        sums, nonfinite = [0] * len(wholes), [dict[str, int]() for _ in wholes]
+                kernel = bind(whole.task, sweep_of(self, whole.task, source))
+                makers.append(KernelMaker(kernel, whole.task, view, self.workspace, self.job.budget.chunk_elems))
         widest = max(whole.task.out.dtype.component.element_bytes for whole in wholes)
         most, row = min(self.job.budget.chunk_elems, self._out_bytes // widest), wholes[0].task.row
-        summed = self._tiles.fit(len(once)) and _weighted_sums(kernels, wholes, views)
+        summed = self._tiles.fit(len(once)) and _weighted_sums(makers, views)
         for a, b in chunk_spans(sources.start, sources.stop, most, row):
             self.host.check()
             source.move_to(a, b)
             once.begin(a, b)
             parts = self._summed(summed, a, b, wholes, once, outgoing) if summed else []
-            for number, whole in enumerate(wholes):
-                task, view = whole.task, views[number]
-                with failures(task, a, b):
-                    self.workspace.clear(b - a)
-                    compute, models = getattr(torch, task.compute), len(task.sources) - task.based
-                    chunk = Chunk(a, b, compute, self.workspace, view.read, task.based, models)
+            for number, maker in enumerate(makers):
+                with failures(maker.task, a, b):
                     if parts:
                         part, finite = parts[number]
                         if not finite:
-                            out = _numbers_in(part, task)
-                            count_nonfinite(out, kernels[number], chunk, task, view, nonfinite[number])
+                            maker.count(_numbers_in(part, maker.task), maker.chunk(a, b))
                     else:
-                        part = put(kernels[number], chunk, task, view, outgoing[number], nonfinite[number])
+                        part = maker.put(a, b, outgoing[number])
                 sums[number] = self.job.checksum.update(part, sums[number])
-        return [done_of(*each) for each in zip(wholes, sums, nonfinite, strict=True)]
+        return [done_of(*each) for each in zip(wholes, sums, [maker.nonfinite for maker in makers], strict=True)]
 
     def _summed(
         self,
@@ -205,13 +199,14 @@ def _numbers_in(part: memoryview, task: MergeTask) -> torch.Tensor:
     return torch.frombuffer(part, dtype=task.out.dtype.component.torch)
 
 
-def _weighted_sums(kernels: Sequence[Kernel], wholes: Sequence[Piece], views: Sequence[_Picked]) -> list[Summed]:
+def _weighted_sums(makers: Sequence[KernelMaker], views: Sequence[_Picked]) -> list[Summed]:
     """Returns the kernels with the numbers of their sources if all are weighted sums in one dtype; else nothing."""
     found = list[Summed]()
-    for kernel, whole, view in zip(kernels, wholes, views, strict=True):
-        if not isinstance(kernel, Combination) or whole.task.compute != wholes[0].task.compute:
+    for maker, view in zip(makers, views, strict=True):
+        kernel, task = maker.kernel, maker.task
+        if not isinstance(kernel, Combination) or task.compute != makers[0].task.compute:
             return []
-        based = int(whole.task.based)
+        based = int(task.based)
         base = view.numbers[0] if based and kernel.of_base else None
         found.append((kernel, view.numbers[based:], base))
     return found if len(found) > 1 else []
@@ -276,6 +271,9 @@ class _Picked:
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+    def move_to(self, start: int, stop: int) -> None:
+        """Does nothing: the chunk has begun for all outputs."""
 
     def origin(self, source: int) -> str:
         return self._source.origin(self.numbers[source])

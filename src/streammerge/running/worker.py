@@ -6,36 +6,26 @@ A batch is computed chunk by chunk in the worker's buffers, which are allocated 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from streammerge.errors import StreammergeError, TaskError, printable
-from streammerge.kernels.agreed import finite
-from streammerge.kernels.batch import MOST_EACH, MOST_ELEMS, Batch
+from streammerge.kernels.batch import MOST_EACH, MOST_ELEMS
 from streammerge.kernels.chunk import Chunk, Kernel, Look, Step, chunk_spans
-from streammerge.kernels.group import TensorGroup
 from streammerge.kernels.pass_results import PassResults
-from streammerge.kernels.spill import Spill
 from streammerge.planning.summed import is_summed
 from streammerge.planning.tasks import MergeTask, Piece, PieceDone, as_one_piece, stretches
+from streammerge.running.computing import KernelMaker, bind, chunk_of, failures, no_sweep, put_batch
 from streammerge.running.executors.base import Host
 from streammerge.running.job import Bench, Job, Target
-from streammerge.running.nonfinite import Numbers, may_be_nonfinite, nonfinite_of
-from streammerge.running.workspace import Inputs, Outgoing, load_torch
+from streammerge.running.workspace import Inputs, Outgoing
 from streammerge.sources.stored import Stored
-from streammerge.stores.digests import COPY_BYTES
-from streammerge.stores.libc import return_large_blocks
-from streammerge.tensors.spec import GRAIN, ranges
-from streammerge.tensors.threads import one_torch_thread
+from streammerge.tensors.spec import ranges
 
 if TYPE_CHECKING:
-    import torch
-
     from streammerge.kernels.masks import MaskRoom
+    from streammerge.running.makers import Maker
     from streammerge.running.masking import OwnMasks
-    from streammerge.running.measuring import Measuring, Taking
+    from streammerge.running.measuring import Measuring
     from streammerge.running.plain import PlainNumbers
-    from streammerge.running.summing import Summing
     from streammerge.stores.spilled import SpillPlace
 
 T = TypeVar("T")
@@ -104,20 +94,11 @@ class Worker:
         kept_bytes = self.job.budget.kept_bytes if keep else -1
         return Inputs(self.bench.inputs, task.sources, self.workspace, self.job.mapped, kept_bytes, self.host.check)
 
-    def chunks(
-        self, task: MergeTask, source: Inputs, start: int, stop: int, sparse: int = 0, taking: Taking | None = None
-    ) -> Iterator[Chunk]:
-        import torch
-
-        compute, models = getattr(torch, task.compute), len(task.sources) - task.based
-        read = source.read if taking is None else taking.read
+    def chunks(self, task: MergeTask, source: Inputs, start: int, stop: int, sparse: int = 0) -> Iterator[Chunk]:
+        """Yields the chunks of a task for a pass."""
         for a, b in chunk_spans(start, stop, self.job.budget.chunk_elems, task.row, sparse):
             self.host.check()
-            self.workspace.clear(b - a)
-            source.move_to(a, b)
-            if taking is not None:
-                taking.move_to(a, b)
-            yield Chunk(a, b, compute, self.workspace, read, task.based, models)
+            yield chunk_of(task, source, self.workspace, a, b)
 
 
 class MergeWorker(Worker):
@@ -196,8 +177,8 @@ class MergeWorker(Worker):
                 continue
             for piece in part:
                 with failures(piece.task, piece.start, piece.stop):
-                    kernel = self._kernel_of(piece.task, source)
-                    made.append(self._apply(kernel, piece, source, outgoing, row + len(made)))
+                    maker = self._by_kernel(self._kernel_of(piece.task, source), piece, source, row + len(made))
+                    made.append(self._made(maker, piece, outgoing))
                 source.first += piece.stop
         return made
 
@@ -222,34 +203,10 @@ class MergeWorker(Worker):
     def _at_once(self, batch: list[Piece], source: Inputs, outgoing: Outgoing, row: int) -> list[PieceDone] | None:
         """Computes pieces together. Returns None if a number is not finite, which must be settled tensor by tensor.
         ``row``: the place of the first in the unit."""
-        import torch
-
-        task, elems = batch[0].task, sum([piece.stop for piece in batch])
         self.host.check()
-        self.workspace.clear(elems)
-        source.move_to(0, elems)
         taking = None if self._measuring is None else self._measuring.begin(row, batch, source)
-        if taking is not None:
-            taking.move_to(0, elems)
-        compute, models = getattr(torch, task.compute), len(task.sources) - task.based
-        read = source.read if taking is None else taking.read
-        chunk = Chunk(0, elems, compute, self.workspace, read, task.based, models)
-        names = [piece.task.out.name for piece in batch]
-        with failures(task, 0, elems):
-            result = task.method.batch and task.method.batch(
-                Batch(names, task.shape, models, task.seed, chunk), task.parameters
-            )
-        if result is None:
-            return None
-        dtype = task.out.dtype.component
-        data = outgoing.room(elems * dtype.element_bytes)
-        out = torch.frombuffer(data, dtype=dtype.torch).copy_(result.view(-1))
-        if may_be_nonfinite(out) and not bool(finite(out).all()):
-            outgoing.take_back(len(data))
-            return None
-        if taking is not None:
-            taking.made(data)
-        return self._cut(batch, data)
+        data = put_batch(batch, source, self.workspace, outgoing, taking)
+        return None if data is None else self._cut(batch, data)
 
     def _cut(self, pieces: list[Piece], data: memoryview) -> list[PieceDone]:
         """Returns the results of pieces whose bytes lie one after the other."""
@@ -274,152 +231,82 @@ class MergeWorker(Worker):
         for row, piece in enumerate(batch):
             outgoing = Outgoing(target.write_full, self.workspace.octets("out"), piece.offset)
             with failures(task, piece.start, piece.stop):
-                if kernel is None:
-                    made.append(self._copy(piece, outgoing))
-                else:
-                    made.append(self._apply(kernel, piece, source, outgoing, row))
+                maker = self._copier(task) if kernel is None else self._by_kernel(kernel, piece, source, row)
+                made.append(self._made(maker, piece, outgoing))
             outgoing.flush()
         return made
 
     def _one(self, piece: Piece, outgoing: Outgoing, row: int = 0, stretch: Sequence[Piece] | None = None) -> PieceDone:
         """Makes one piece. ``row``: its place in the unit. ``stretch``: the pieces that it does the work of."""
         with failures(piece.task, piece.start, piece.stop):
-            if piece.task.verbatim:
-                return self._copy(piece, outgoing)
-            if "torch" not in self.job.modules:
-                return self._plain(piece, outgoing)
+            return self._made(self._maker(piece, row, stretch), piece, outgoing)
+
+    def _made(self, maker: Maker, piece: Piece, outgoing: Outgoing) -> PieceDone:
+        """Lets a maker make a piece, chunk by chunk."""
+        value = 0
+        for start, stop in maker.spans(piece.start, piece.stop):
+            self.host.check()
+            value = self.job.checksum.update(maker.put(start, stop, outgoing), value)
+        return done_of(piece, value, maker.nonfinite)
+
+    def _maker(self, piece: Piece, row: int, stretch: Sequence[Piece] | None) -> Maker:
+        """Chooses what makes a piece."""
+        task = piece.task
+        if task.verbatim:
+            return self._copier(task)
+        if "torch" not in self.job.modules:
+            return self._by_numpy(task)
+        self.one_torch_thread()
+        source = self.source(task, keep=task.method.passes and self._passes is None)
+        return self._by_kernel(self._kernel_of(task, source), piece, source, row, stretch)
+
+    def _copier(self, task: MergeTask) -> Maker:
+        from streammerge.running.copying import ReaderCopier, StoredCopier  # here, because most tensors are computed
+
+        source, out_bytes = task.sources[0], self.job.budget.out_bytes
+        if source.__class__ is Stored:
+            return StoredCopier(source, self.bench.inputs, self.workspace, out_bytes)
+        if "torch" in self.job.modules:
             self.one_torch_thread()
-            source = self.source(piece.task, keep=piece.task.method.passes and self._passes is None)
-            return self._apply(self._kernel_of(piece.task, source), piece, source, outgoing, row, stretch)
+        return ReaderCopier(task, self.source(task, keep=False), out_bytes)
 
-    def _plain(self, piece: Piece, outgoing: Outgoing) -> PieceDone:
-        """Makes a piece by numpy. Loads torch for chunks with NaN or infinity."""
-        from streammerge.running.plain import PlainNumbers  # here, because most merges are made by torch
+    def _by_numpy(self, task: MergeTask) -> Maker:
+        from streammerge.running.plain import NumpyMaker, PlainNumbers  # here, because most merges are made by torch
 
-        task, value, nonfinite = piece.task, 0, dict[str, int]()
-        elems = min(self.job.budget.chunk_elems, GRAIN)
         if self._numbers is None:
             self._numbers = PlainNumbers(self.workspace.octets("slots"))
-        source = self.source(task, keep=False)
-        for start, stop in chunk_spans(piece.start, piece.stop, elems, 1):
-            self.host.check()
-            source.move_to(start, stop)
-            part = outgoing.room((stop - start) * task.out.dtype.element_bytes)
-            if not self._numbers.put(task, source, start, stop, part):
-                outgoing.take_back(len(part))
-                load_torch()
-                with one_torch_thread():
-                    kernel = bind(task, _no_sweep)
-                    for chunk in self.chunks(task, source, start, stop):
-                        part = put(kernel, chunk, task, source, outgoing, nonfinite)
-            value = self.job.checksum.update(part, value)
-        return done_of(piece, value, nonfinite)
+        source, chunk_elems = self.source(task, keep=False), self.job.budget.chunk_elems
 
-    def _copy(self, piece: Piece, outgoing: Outgoing) -> PieceDone:
-        whole = piece.task.sources[0]
-        if whole.__class__ is not Stored:
-            return self._copy_read(piece, outgoing)
-        value, begin = 0, whole.offset + piece.offset - piece.task.offset
-        source = self.bench.inputs.get(whole.path)
-        for start, stop in ranges(piece.nbytes, min(COPY_BYTES, self.job.budget.out_bytes)):
-            self.host.check()
-            part = outgoing.room(stop - start)
-            self.workspace.asked_bytes += len(part)
-            source.read_into(part, begin + start)
-            value = self.job.checksum.update(part, value)
-        source.release(begin, piece.nbytes)
-        return done_of(piece, value)
+        def by_kernel() -> KernelMaker:
+            return KernelMaker(bind(task, no_sweep), task, source, self.workspace, chunk_elems)
 
-    def _copy_read(self, piece: Piece, outgoing: Outgoing) -> PieceDone:
-        """Copies a tensor that is not a plain byte range, through its reader."""
-        value, dtype = 0, piece.task.out.dtype
-        self.one_torch_thread()
-        source = self.source(piece.task, keep=False)
-        size, whole = dtype.component.element_bytes, dtype.element_bytes
-        step = max(min(COPY_BYTES, self.job.budget.out_bytes) // whole, 1) * (whole // size)  # no complex number is cut
-        for start, stop in ranges(piece.stop - piece.start, step):
-            self.host.check()
-            part = outgoing.room((stop - start) * size)
-            source.read_into(0, piece.start + start, piece.start + stop, part)
-            value = self.job.checksum.update(part, value)
-        return done_of(piece, value, source.nonfinite)
+        return NumpyMaker(self._numbers, task, source, chunk_elems, by_kernel)
+
+    def _by_kernel(
+        self, kernel: Kernel, piece: Piece, source: Inputs, row: int, stretch: Sequence[Piece] | None = None
+    ) -> Maker:
+        """Returns the maker of a kernel, or of its sums by products."""
+        task, chunk_elems = piece.task, self.job.budget.chunk_elems
+        if self._measuring is not None and task.out.dtype.kind == "float":
+            taking = self._measuring.begin(row, stretch or [piece], source)
+            return KernelMaker(kernel, task, source, self.workspace, chunk_elems, taking)
+        maker = KernelMaker(kernel, task, source, self.workspace, chunk_elems)
+        memory = self.workspace.octets("summed")
+        if not memory or not is_summed(task):
+            return maker
+        from streammerge.running.summing import by_products  # here, because most merges are of few models
+
+        return by_products(maker, memory, self.workspace, source) or maker
 
     def _kernel_of(self, task: MergeTask, source: Inputs) -> Kernel:
         """Returns the kernel of a tensor. Runs its passes here, unless all workers have already run them."""
         if self._kernel is not None:
             return self._kernel
         if self._passes is not None:
-            self._kernel = bind(task, _no_sweep, PassResults(self._passes), masks=self.masks_at(self._masks))
+            self._kernel = bind(task, no_sweep, PassResults(self._passes), masks=self.masks_at(self._masks))
             return self._kernel
 
         return bind(task, sweep_of(self, task, source), spills=self.bench.spill, masks=self.own_masks)
-
-    def _apply(
-        self,
-        kernel: Kernel,
-        piece: Piece,
-        source: Inputs,
-        outgoing: Outgoing,
-        row: int,
-        stretch: Sequence[Piece] | None = None,
-    ) -> PieceDone:
-        value, nonfinite, taking = 0, dict[str, int](), None
-        if self._measuring is not None and piece.task.out.dtype.kind == "float":
-            taking = self._measuring.begin(row, stretch or [piece], source)
-        sums = self._sums_of(kernel, piece.task, source) if taking is None else None
-        for chunk in self.chunks(piece.task, source, piece.start, piece.stop, taking=taking):
-            part = put(kernel, chunk, piece.task, source, outgoing, nonfinite, sums)
-            value = self.job.checksum.update(part, value)
-            if taking is not None:
-                taking.made(part)
-        return done_of(piece, value, nonfinite)
-
-    def _sums_of(self, kernel: Kernel, task: MergeTask, source: Inputs) -> Summing | None:
-        """Returns the way to make a kernel's sums by products. None if it is no weighted sum of many models."""
-        memory = self.workspace.octets("summed")
-        if not memory or not is_summed(task):
-            return None
-        from streammerge.running.summing import summing  # here, because most merges are of few models
-
-        return summing(kernel, task, memory, self.workspace, source)
-
-
-def put(
-    kernel: Kernel,
-    chunk: Chunk,
-    task: MergeTask,
-    source: Numbers,
-    outgoing: Outgoing,
-    nonfinite: dict[str, int],
-    sums: Summing | None = None,
-) -> memoryview:
-    """Computes a chunk of a task. Returns its bytes, which are the last in ``outgoing``. Counts NaN and infinity by source
-    in ``nonfinite``. ``sums``: another way to the kernel's numbers."""
-    import torch
-
-    dtype = task.out.dtype.component
-    if sums is not None:
-        part = outgoing.room(chunk.elems * dtype.element_bytes)
-        out = torch.frombuffer(part, dtype=dtype.torch)
-        if not sums.sums(chunk.start, chunk.stop, out):
-            count_nonfinite(out, kernel, chunk, task, source, nonfinite)
-        return part
-    result = kernel(chunk)
-    if result.numel() != chunk.elems:
-        raise ValueError(f"its kernel made {result.numel()} numbers of a chunk of {chunk.elems}")
-    part = outgoing.room(chunk.elems * dtype.element_bytes)
-    out = torch.frombuffer(part, dtype=dtype.torch).copy_(result.reshape(-1))
-    count_nonfinite(out, kernel, chunk, task, source, nonfinite)
-    return part
-
-
-def count_nonfinite(
-    out: torch.Tensor, kernel: Kernel, chunk: Chunk, task: MergeTask, source: Numbers, nonfinite: dict[str, int]
-) -> None:
-    """Adds NaN and infinity in the result of a chunk to ``nonfinite``, by source. Puts in what all inputs agree on."""
-    if task.out.dtype.kind == "float" and may_be_nonfinite(out):
-        for name, count in nonfinite_of(out, kernel, task.row, chunk, source).items():
-            nonfinite[name] = nonfinite.get(name, 0) + count
 
 
 def sweep_of(worker: Worker, task: MergeTask, source: Inputs) -> Callable[..., Iterator[Any]]:
@@ -429,47 +316,6 @@ def sweep_of(worker: Worker, task: MergeTask, source: Inputs) -> Callable[..., I
         yield step(look, worker.chunks(task, source, start, stop, sparse))
 
     return sweep
-
-
-OTHER_PASSES = (
-    "it makes other passes when it is bound a second time, and a method must depend on its group and parameters only"
-)
-
-
-def _no_sweep(look: Look, step: Step[T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
-    raise ValueError(OTHER_PASSES)
-
-
-def bind(
-    task: MergeTask,
-    sweep: Callable[..., Iterator[Any]],
-    results: PassResults | None = None,
-    spills: Callable[[int], Spill] | None = None,
-    masks: Callable[[int], MaskRoom | None] | None = None,
-) -> Kernel:
-    """Returns the kernel of a task. ``sweep`` runs the passes whose results are not in ``results``; ``spills`` makes a
-    temporary file, ``masks`` room for masks."""
-    import torch
-
-    if task.method.whole:
-        return_large_blocks()
-    models, compute = len(task.sources) - task.based, getattr(torch, task.compute)
-    more = (task.based, task.row, task.seed, results, task.turned, spills, masks)
-    group = TensorGroup(task.out.name, task.shape, models, compute, sweep, *more)
-    return task.method.bind(group, task.parameters)
-
-
-@contextmanager
-def failures(task: MergeTask, start: int, stop: int) -> Iterator[None]:
-    """Turns errors that are not streammerge's own into a TaskError."""
-    try:
-        yield
-    except StreammergeError:
-        raise
-    except Exception as error:
-        raise TaskError(
-            f"{printable(task.out.name)} ({task.method.name}, elements {start} to {stop}) failed: {printable(error)}"
-        ) from error
 
 
 def done_of(piece: Piece, checksum: int, nonfinite: dict[str, int] | None = None) -> PieceDone:

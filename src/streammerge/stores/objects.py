@@ -33,8 +33,6 @@ CONNECT_SECONDS, READ_SECONDS, REQUEST_SECONDS = 10.0, 20.0, 180.0
 CLIENT_TRIES, _CLIENT_SECONDS = 3, 60
 """How often the client itself repeats a request, and for how long. We repeat it after that, and when a body is wrong."""
 _ROOT = "."
-_readable: set[tuple[object, ...]] = set()
-"""Folders in which a file was found, with the settings by which it was."""
 
 
 class ObjectStore(RemoteStore):
@@ -44,6 +42,8 @@ class ObjectStore(RemoteStore):
 
     def __init__(self) -> None:
         self._clients: dict[tuple[object, ...], Any] = {}
+        self._readable: dict[tuple[object, ...], set[str]] = {}
+        """Folders in which a client has found a file, by what the client is known by."""
         self._lock = threading.Lock()
 
     def parse(self, text: str) -> Location:
@@ -73,9 +73,13 @@ class ObjectStore(RemoteStore):
     def unsafe(self) -> bool:
         return self.allows_http()
 
+    def _key(self, root: str) -> tuple[object, ...]:
+        """Returns what the client for a bucket is known by. Another process and other settings have another client."""
+        return root, os.getpid(), READ_SECONDS, *self.settings().items()
+
     def client(self, root: str) -> Any:
         """Returns the client for a bucket, made once."""
-        key = (root, os.getpid(), READ_SECONDS, *self.settings().items())
+        key = self._key(root)
         with self._lock:
             found = self._clients.get(key)
             if found is None:
@@ -139,12 +143,16 @@ class ObjectStore(RemoteStore):
                 return None
             raise
         if found is not None:
-            _readable.add((location.parent.key, *self.settings().items()))
+            self._readable_folders(location).add(location.parent.key)
         return found
 
     def _beside_readable(self, location: Location) -> bool:
         """Whether a file of the same folder may be read. Where nothing may be listed, S3 denies what is absent there."""
-        return (location.parent.key, *self.settings().items()) in _readable
+        return location.parent.key in self._readable_folders(location)
+
+    def _readable_folders(self, location: Location) -> set[str]:
+        """Returns the folders in which the client of this location has found a file."""
+        return self._readable.setdefault(self._key(location.key.partition("/")[0]), set())
 
     def is_folder(self, location: Location) -> bool:
         """Where files may be read and not listed, what is a file is no folder."""

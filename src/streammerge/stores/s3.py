@@ -114,7 +114,7 @@ class S3(ObjectStore):
 
     def requests(self, root: str) -> Requests:
         """Returns the requests that the client lacks, for a bucket."""
-        key = ("requests", root, os.getpid(), *self.settings().items())
+        key = ("requests", *self._key(root))
         with self._lock:
             found: Requests | None = self._clients.get(key)
             if found is None:

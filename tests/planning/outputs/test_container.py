@@ -42,6 +42,41 @@ def test_a_name_that_says_neither_is_refused() -> None:
         container_of(parse("x.txt"))
 
 
+@pytest.mark.parametrize(
+    ("first", "wanted"),
+    [
+        ("a.safetensors", ("merged.safetensors",)),
+        ("a.pth", ("merged.pth",)),
+        ("g_05000000", ("merged",)),
+        ("folder", ("model.safetensors", "config.json")),
+        ("pickled", ("pytorch_model.bin", "config.json")),
+        ("stated", ("merged.safetensors",)),
+    ],
+)
+def test_without_a_name_the_output_is_planned_like_the_first_input(
+    first: str, wanted: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a merge makes it under a name without an ending."""
+    monkeypatch.chdir(tmp_path)
+    tensors = {"w": torch.ones(3)}
+    for folder in ("folder", "pickled"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text("{}")
+    save_file(tensors, "a.safetensors")
+    save_file(tensors, "folder/model.safetensors")
+    for name in ("a.pth", "g_05000000", "pickled/pytorch_model.bin"):
+        torch.save(tensors, name)
+    given = tensors if first == "stated" else first
+    made = sm.plan([given, "a.safetensors"])  # type: ignore[list-item]
+    assert made.out is None
+    assert made.layout.as_folder == (len(wanted) == 2)
+    assert {*wanted} <= {file.name for file in made.layout.files} | {name for _, name in made.layout.side_files}
+    if first != "stated":
+        sm.merge([first, "a.safetensors"], f"out{Path(wanted[0]).suffix}" if len(wanted) == 1 else "out")
+        if made.layout.as_folder:
+            assert {*wanted} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
 def test_metadata_is_the_first_inputs_without_hashes(single: Path) -> None:
     out = single.parent / "out.safetensors"
     for merged in (False, True):

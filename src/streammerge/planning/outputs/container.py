@@ -7,6 +7,7 @@ or folder uses the names of the state dict.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -44,6 +45,7 @@ from streammerge.stores.locations import parse
 from streammerge.tensors.spec import TensorSpec
 
 PICKLED_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".th", ".tar")
+_ENDING = r"(\.[A-Za-z]\w*)?"
 
 
 def container_of(out: Location, first: CheckpointIndex | None = None) -> str:
@@ -76,6 +78,19 @@ def container_of(out: Location, first: CheckpointIndex | None = None) -> str:
         f"{printable(out.name)} does not say what to write; end it in .safetensors, in .pth (.pt, .ckpt, .bin, .th, .pkl) "
         "or in / for a folder"
     )
+
+
+def like_first(first: CheckpointIndex) -> Location:
+    """Returns a name for an output of the first input's kind, where the user names none."""
+    if first.in_memory or first.path.is_file():
+        return parse("merged" + (".safetensors" if first.in_memory else ending_like(first.path)))
+    return parse("merged/")
+
+
+def ending_like(first: Location) -> str:
+    """Returns the ending of an output of the same kind as this file. GGUF is not written, so it becomes safetensors."""
+    ending = first.suffix
+    return ending if re.fullmatch(_ENDING, ending) and ending != ".gguf" else ".safetensors"
 
 
 def plan_output(out: Location, recipe: Recipe, indexes: Indexes, alignment: Alignment, hashed: bool) -> PlannedOutput:

@@ -16,7 +16,8 @@ from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import dcp_writer
 from streammerge.formats.base import LayoutFile
-from streammerge.formats.dcp import BESIDE, Saved, is_optimizer_item, weight_of_master
+from streammerge.formats.dcp import BESIDE, Saved
+from streammerge.formats.dcp_names import is_optimizer_item, weight_of_master
 from streammerge.formats.dcp_writer import Piece, Whole
 from streammerge.pickles.training_state import is_training_state
 from streammerge.planning.aligned import Merged
