@@ -13,7 +13,6 @@ from streammerge.options.base import options_of
 from streammerge.options.functions import CONVERT, MERGE, REPORT, VERIFY
 from streammerge.options.values import number_or_percent
 
-_ENDING = re.compile(r"(\.[A-Za-z]\w*)?")
 _NEGATED = {f"no_{name}": name for name, each in options_of(*MERGE, *CONVERT, *VERIFY, *REPORT).items() if each.negated}
 
 
@@ -61,18 +60,20 @@ def output_name(
     Says so by ``tell``. A name that ends in ``/``, or an existing folder, stays a folder. If the first
     input has no suffix either, the output is a file of that name, which the same loader opens.
     """
+    from streammerge.planning.outputs.container import ending_of
     from streammerge.requests.inputs import is_special
     from streammerge.stores.locations import parse
 
     place = parse(out)
-    if out == "-" or place.suffix or place.ends_in_slash or place.is_folder() or is_special(place):
+    if out == "-" or ending_of(place.name) or place.ends_in_slash or place.is_folder() or is_special(place):
         return out
     first = _first_input(inputs, recipe, own_methods)
     if first is None or not parse(first).is_file():
         return out
+    name = parse(first).name
     ending = parse(first).suffix
     why = "since GGUF is not written" if ending == ".gguf" else "like the first input"
-    ending = ending if _ENDING.fullmatch(ending) and ending != ".gguf" else ".safetensors"
+    ending = ending if ending == ending_of(name) and ending != ".gguf" else ".safetensors"
     if ending:
         shown = printable(out)
         tell(f"note: {shown} is written as {shown}{ending}, {why}; {shown}/ would be a folder")

@@ -7,6 +7,7 @@ or folder uses the names of the state dict.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -46,6 +47,15 @@ from streammerge.tensors.spec import TensorSpec
 PICKLED_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".th", ".tar")
 
 
+def ending_of(name: str) -> str:
+    """Returns the ending by which a file's name says what the file is; "" if its last dot belongs to the name.
+
+    Models are called ``Llama-3.1-8B-mean`` and ``mean-v0.2``.
+    """
+    dot = name.rfind(".")
+    return name[dot:] if dot > 0 and re.fullmatch(r"\.[A-Za-z]\w*", name[dot:]) else ""
+
+
 def container_of(out: Location, first: CheckpointIndex | None = None) -> str:
     """Returns "safetensors", "pickle" or "folder" for an output's name. Raises RecipeError for any other name.
 
@@ -63,14 +73,15 @@ def container_of(out: Location, first: CheckpointIndex | None = None) -> str:
             f"{printable(out.name)}: GGUF is read and not written; end the name in / for a folder, and make a GGUF file of "
             "it with llama.cpp's convert_hf_to_gguf.py"
         )
-    if first is not None and not first.in_memory and first.path.suffix == out.suffix and first.path.is_file():
+    endings = (out.suffix, ending_of(out.name))
+    if first is not None and not first.in_memory and first.path.suffix in endings and first.path.is_file():
         if first.container.members and first.container.enclosed is None:
             raise RecipeError(
                 f"{printable(out.name)}: an archive whose weights are no single file is read and not written; end the name "
                 "in .safetensors or .ckpt"
             )
         return "pickle" if first.container.pickled else "safetensors"
-    if not out.suffix:
+    if not endings[1]:
         return "folder"
     raise RecipeError(
         f"{printable(out.name)} does not say what to write; end it in .safetensors, in .pth (.pt, .ckpt, .bin, .th, .pkl) "
