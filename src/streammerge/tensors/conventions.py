@@ -98,6 +98,13 @@ AVERAGED = (
 )
 """Matches a part of a name, or a key, that means a running mean of the weights."""
 
+AVERAGED_NAME = r"(?i)(?<![a-z])(ema|swa|avg|ave|averaged?)(?![a-z])"
+"""Found in the name of a file that holds an average of others, or a running one: NeMo's ``epoch=3-EMA.ckpt``, ESPnet's
+``valid.acc.ave_10best.pth``, icefall's ``epoch-30-avg-9.pt``."""
+
+LATEST_NAME = r"(?i)(?<![a-z])(last|latest|final)(?![a-z])"
+"""Found in the name of a file without a number that a training wrote last: Lightning's ``last.ckpt``."""
+
 SWAPPED: tuple[tuple[str, str, str, str], ...] = (
     ("state_dict", "ema_state_dict", "message_hub", "mmengine's EMAHook"),
     ("state_dict", "current_model_state", "averaging_state", "Lightning's WeightAveraging"),
