@@ -41,6 +41,7 @@ WRAPPERS: tuple[tuple[str, str, str], ...] = (
     (r"^base_model\.model\.", "", "PEFT"),
     (r"(?<=\.)base_model\.model\.", "", "PEFT inside a module (GPT-SoVITS)"),
     (r"\.modules_to_save(\.[^.]+(?=\.)|(?=\.[^.]+$))", "", "PEFT's whole modules, in older files and beside a vocabulary"),
+    (r"\.token_adapter(?=\.base_layer\.)", "", "PEFT's trainable tokens of a resized vocabulary"),
     (r"\.original_module(?=\.)", "", "PEFT's whole modules, as they were"),
     (r"\.processor\.(to_[qkv])_lora\b", r".\1.lora", "diffusers before PEFT"),
     (r"\.processor\.to_out_lora\b", ".to_out.0.lora", "diffusers before PEFT"),
