@@ -15,6 +15,7 @@ import streammerge as sm
 from adapters.arithmetic import Q, Tensors, V, adapter_of, baked, base_of, base_tensors, change, drawn, factors, same
 
 BF16 = torch.bfloat16
+TABLES = ("model.embed_tokens", "lm_head")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16, torch.float64])
@@ -98,6 +99,55 @@ def test_embeddings_of_more_rows_replace_the_base() -> None:
     same(
         {"a": made["model.embed_tokens.weight"], "b": made["lm_head.weight"]}, {"a": grown, "b": drawn(21, 33, 16).double()}
     )
+
+
+def test_trained_rows_of_a_resized_vocabulary() -> None:
+    base = base_tensors()
+    base_of(base, vocab_size=30)
+    grown = {f"{name}.token_adapter.base_layer.weight": drawn(n, 33, 16) for n, name in enumerate(TABLES, 20)}
+    rows = {f"{name}.token_adapter.trainable_tokens_delta": drawn(n, 2, 16) for n, name in enumerate(TABLES, 30)}
+    adapter_of(grown | rows | factors(Q, 24, 16), config={"r": 4, "lora_alpha": 4, "trainable_token_indices": [3, 32]})
+    sm.convert("base+lora", "out/")
+    made = load_file("out/model.safetensors")
+    for n, name in enumerate(TABLES):
+        expected = drawn(20 + n, 33, 16)
+        expected[[3, 32]] = drawn(30 + n, 2, 16)
+        assert torch.equal(made[f"{name}.weight"], expected)
+
+
+@pytest.mark.parametrize("trained", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("shared", [False, True], ids=["one name", "shared storage"])
+def test_what_peft_trains_apart_is_tied_no_longer(trained: list[str], shared: bool) -> None:
+    """A whole module is a copy beside the base's, so PEFT computes with two tensors from then on."""
+    table, head = (f"{name}.weight" for name in TABLES)
+    base = {table: drawn(1, 30, 16), f"{Q}.weight": drawn(2, 24, 16)}
+    base_of(base, tie_word_embeddings=True, vocab_size=30)
+    if shared:
+        Path("base/model.safetensors").unlink()
+        torch.save(base | {head: base[table]}, "base/pytorch_model.bin")
+    new = {table: drawn(3, 30, 16), head: drawn(4, 30, 16)}
+    whole = {name: tensor for name, tensor in new.items() if name.split(".")[-2] in trained}
+    adapter_of(factors(Q, 24, 16) | whole, config={"r": 4, "lora_alpha": 4, "modules_to_save": trained})
+    sm.convert("base+lora", "out/")
+    made = load_file("out/model.safetensors")
+    for name in (table, head):
+        assert torch.equal(made[name], whole.get(name, base[table]))
+    assert '"tie_word_embeddings": false' in Path("out/config.json").read_text()
+
+
+def test_what_peft_keeps_tied_stays_one_tensor() -> None:
+    table, head = (f"{name}.weight" for name in TABLES)
+    base = {table: drawn(1, 30, 16), f"{Q}.weight": drawn(2, 24, 16)}
+    base_of(base, tie_word_embeddings=True, vocab_size=30)
+    grown = drawn(3, 33, 16)
+    for name, config in (("one", {}), ("two", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True})):
+        lora = factors(Q, 24, 16) | {table: grown, head: grown.clone()}
+        adapter_of(lora, name, {"r": 4, "lora_alpha": 4, **config})
+        sm.convert(f"base+{name}", "out/", overwrite=True)
+        made = load_file("out/model.safetensors")
+        assert head not in made
+        assert torch.equal(made[table], grown)
+        assert '"tie_word_embeddings": true' in Path("out/config.json").read_text()
 
 
 def test_a_tied_head_is_the_embeddings() -> None:

@@ -73,6 +73,21 @@ def test_every_dialect_names_its_module(keys: tuple[str, str], name: str) -> Non
     assert (module.name, module.kind, module.rank) == (name, "lora", 4)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_of_several_copies_of_a_whole_module_the_one_that_peft_loads_counts(turned: bool) -> None:
+    """PEFT saves the embeddings of a resized vocabulary once as its whole module, and once for each part of that."""
+    names = ["lm_head.weight", "lm_head.modules_to_save.weight", "lm_head.original_module.weight"]
+    copies = {name: drawn(number, 9, 6) for number, name in enumerate(names)}
+    older = {"score.modules_to_save.default.weight": drawn(5, 2, 6), "score.original_module.weight": drawn(6, 2, 6)}
+    lora = factors("model.q", 8, 6, 2) | dict(sorted((copies | older).items(), reverse=turned))
+    found = read_adapter(adapter_of(lora, config={"r": 2, "lora_alpha": 2, "modules_to_save": ["lm_head", "score"]}))
+    saved = {each.name: each.keys for each in found.modules if each.kind == "saved"}
+    assert saved == {
+        "lm_head.weight": ("base_model.model.lm_head.weight",),
+        "score.weight": ("base_model.model.score.modules_to_save.default.weight",),
+    }
+
+
 def test_diffusers_puts_the_configuration_into_the_metadata() -> None:
     tensors = {"unet.a.lora_A.weight": drawn(1, 4, 6), "unet.a.lora_B.weight": drawn(2, 8, 4)}
     save_file(tensors, "x.safetensors", {"lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.lora_alpha": 2})})

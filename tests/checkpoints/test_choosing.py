@@ -118,6 +118,44 @@ def test_a_number_that_is_no_number(run: Path) -> None:
         choose(["nameless.pt"], range="1:2")
 
 
+@pytest.mark.parametrize(
+    ("names", "chosen", "passed"),
+    [
+        (["9epoch", "10epoch", "checkpoint", "valid.acc.ave_10best"], ["9epoch", "10epoch"], ["averages", "no number"]),
+        (["epoch-1", "epoch-2", "epoch-2-avg-1", "pretrained"], ["epoch-1", "epoch-2"], ["averages", "no number"]),
+        (["m--epoch=1", "m--epoch=2", "m--epoch=1-EMA", "m--epoch=2-EMA"], ["m--epoch=1", "m--epoch=2"], ["averages"]),
+        (["epoch=8", "epoch=9", "last"], ["epoch=9", "last"], []),
+        (["m_ema-1", "m_ema-2"], ["m_ema-1", "m_ema-2"], []),
+        (["wave-1", "wave-2"], ["wave-1", "wave-2"], []),
+    ],
+)  # fmt: skip
+def test_the_last_are_steps_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], chosen: list[str], passed: list[str]
+) -> None:
+    """ESPnet, icefall and NeMo leave averages and copies of another purpose beside the steps."""
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(names):
+        torch.save({"w": torch.tensor([float(number)])}, f"{name}.pt")
+    found, notes = choose(["*.pt"], last=2)
+    assert found == [f"{name}.pt" for name in chosen]
+    assert len(notes) == len(passed) + 1
+    for note, word in zip(notes, passed, strict=False):
+        assert note.startswith("passed over")
+        assert word in note
+
+
+@pytest.mark.parametrize("wish", [{"last": 2}, {"range": "1:30"}])
+def test_steps_and_epochs_have_no_common_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wish: dict[str, object]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("epoch-29", "epoch-30", "checkpoint-1000"):
+        torch.save({"w": torch.ones(1)}, f"{name}.pt")
+    with pytest.raises(sm.RecipeError, match=r"checkpoint-1000.pt has a step, and epoch-29.pt an epoch"):
+        choose(["*.pt"], **wish)  # type: ignore[arg-type]
+    assert choose(["epoch-*.pt"], last=2)[0] == ["epoch-29.pt", "epoch-30.pt"]
+
+
 def test_last_range_and_the_exponential_weights_count_by_the_same_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

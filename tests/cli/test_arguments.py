@@ -80,6 +80,18 @@ def test_an_output_without_a_suffix_is_of_the_first_inputs_kind(
     assert len(said) <= 1
 
 
+@pytest.mark.parametrize(("first", "made"), [("a.pth", "mean-v0.2.pth"), ("f", "mean-v0.2")])
+def test_a_dot_before_a_number_begins_no_suffix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, made: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.pth").touch()
+    Path("f").mkdir()
+    said: list[str] = []
+    assert output_name("mean-v0.2", [first, first], None, said.append) == made
+    assert len(said) == (made != "mean-v0.2")
+
+
 @pytest.mark.parametrize(
     ("first", "made"), [("g_0500", "out"), ("m.mdl", "out.mdl"), ("m.pth.tar", "out.tar"), ("m-1.5", "out.safetensors")]
 )

@@ -53,3 +53,17 @@ def test_a_stream_that_cannot_be_written_is_not_the_disk_of_the_output(form: str
         failed = json.loads(last)
         assert failed["message"] == "cannot print on stdout: No space left on device"
         assert failed["notes"] == ["the output is there, whole"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("form", ["human", "json"])
+def test_a_log_that_cannot_be_written_stops_no_merge(form: str, tmp_path: Path) -> None:
+    for name, value in (("a", 0.0), ("b", 2.0)):
+        save_file({"w": torch.full((3,), value)}, tmp_path / f"{name}.safetensors")
+    inputs = ["a.safetensors", "b.safetensors", "--weights", "1,1", "--no-normalize"]
+    command = [sys.executable, "-m", "streammerge", "merge", *inputs, "-o", "out.safetensors", "--format", form]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=full, text=True, timeout=120)
+    assert done.returncode == 0
+    assert "out.safetensors" in done.stdout
+    assert load_safetensors(tmp_path / "out.safetensors")["w"].tolist() == [2, 2, 2]

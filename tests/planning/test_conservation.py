@@ -214,6 +214,11 @@ def test_state_dicts_in_memory_and_adapters(tmp_path: Path) -> None:
     inputs = [f"{tmp_path}/a.safetensors+{path}", tmp_path / "b.safetensors"]
     plan = sm.plan(inputs, tmp_path / "out.safetensors", integers="first", strict=True)
     assert sum(each.tensors for each in plan.accounts) == 9 + 2 + 9
+    whole = next(name for name in one if name.startswith("layer") and name.endswith("bias"))
+    save_file(adapter | {f"base_model.model.{whole}": torch.ones_like(one[whole])}, path / "adapter_model.safetensors")
+    plan = sm.plan(inputs, tmp_path / "out.safetensors", integers="first")
+    lost = fates(plan.accounts[0].record(), list(one))[whole]
+    assert lost[:2] == ("dropped", "an adapter has another in its place")
 
 
 def test_stages_account_for_their_models(tmp_path: Path) -> None:

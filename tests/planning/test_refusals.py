@@ -35,6 +35,16 @@ def drawn(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, torch.Tens
     return {name: torch.randn(shape, generator=make) for name, shape in shapes.items()}
 
 
+@pytest.mark.parametrize(
+    ("values", "advice"),
+    [(torch.ones(3, device="meta"), "a model whose weights are loaded"), (torch.eye(3).to_sparse(), r"to_dense\(\)")],
+)
+def test_tensors_that_are_not_read_are_refused_with_what_to_do(values: torch.Tensor, advice: str) -> None:
+    torch.save({"w": torch.ones(3), "v": values}, "a.pt")
+    with pytest.raises(sm.MismatchError, match=advice):
+        sm.plan(["a.pt", "a.pt"])
+
+
 @pytest.mark.parametrize("shapes", [PEFT, KOHYA, INSIDE, LOHA], ids=["peft", "kohya", "inside a model", "loha"])
 @pytest.mark.parametrize("method", ["linear", "slerp", "median"])
 def test_factors_of_adapters_are_not_merged(shapes: dict[str, tuple[int, ...]], method: str) -> None:

@@ -86,6 +86,28 @@ def test_a_merge_warns_of_tokens_with_other_numbers() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "ours", "theirs", "warned"),
+    [
+        ("vocab.json", '{"a": 0, "b": 1}', '{"a": 0, "b": 1, "c": 2}', False),
+        ("vocab.json", '{"a": 0, "b": 1}', '{\r\n"b": 1, "a": 0}', False),
+        ("vocab.txt", "a\nb\n", "a\nb\nc\n", False),
+        ("vocab.txt", "a\nb\n", "a\nc\n", True),
+        ("tokenizer.json", json.dumps(BPE), json.dumps(BPE | {"model": {"vocab": {"a": 0, "b": 1, "c": 2}}}), False),
+        ("added_tokens.json", '{"<x>": 2}', '{"<y>": 2}', True),
+        ("added_tokens.json", '{"<x>": 2}', '{"<x>": 2, "<y>": 3}', False),
+    ],
+)
+def test_a_vocabulary_that_goes_on_gives_no_token_another_number(name: str, ours: str, theirs: str, warned: bool) -> None:
+    for path, text in (("a", ours), ("b", theirs)):
+        folder(path)
+        Path(path, "tokenizer.json").unlink()
+        if name == "added_tokens.json":
+            Path(path, "vocab.json").write_text('{"a": 0, "b": 1}')
+        Path(path, name).write_text(text, newline="")
+    assert any("tokenizers" in each for each in sm.plan(["a", "b"]).warnings) == warned
+
+
 def test_the_files_that_tell_tokens_are_inputs() -> None:
     folder("a"), folder("bb", BPE | {"model": {"type": "BPE", "vocab": {"b": 0, "a": 1}, "merges": []}})
     sm.merge(recipe=recipe(tokenizer_source="base"), out="out/")

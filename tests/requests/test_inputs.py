@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -86,6 +88,16 @@ def test_an_output_cannot_be_a_stream() -> None:
     assert path_of("inputs", "-") == "-"
     with pytest.raises(sm.RecipeError, match="cannot go to stdout"):
         path_of("out", "-")
+
+
+def test_an_output_cannot_be_a_stream_that_leads_to_a_file(world: Path) -> None:
+    """A shell puts a file behind ``/dev/stdout``, and nothing may be written beside that name."""
+    command = [sys.executable, "-m", "streammerge", "convert", "a.pt", "-o", "/dev/stdout"]
+    with Path("log").open("w") as log:
+        done = subprocess.run(command, stdout=log, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "is a device, a pipe or a socket" in done.stderr
+    assert not list(Path("/dev").glob("stdout.*"))
 
 
 @pytest.mark.parametrize("out", ["/dev/null", "link.pth", "pipe.pth", "pipe"])

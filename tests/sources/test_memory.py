@@ -93,6 +93,7 @@ def test_the_same_numbers_are_one_tensor() -> None:
         torch.ones(3).to_sparse(),
         torch.ones(3, device="meta"),
         torch.nested.nested_tensor([torch.ones(3), torch.ones(2)]),
+        torch.nn.LazyLinear(3).weight,
         numpy.ones(3, dtype=">f4"),
         numpy.array(["a"]),
         numpy.array([None]),

@@ -10,7 +10,7 @@ from streammerge.adapters.experts import Block, Singles, block_of, blocks, fused
 from streammerge.adapters.modules import Adapter, Module, read_adapter
 from streammerge.adapters.names import Names, Spot, wanted_names
 from streammerge.adapters.updates import updated
-from streammerge.checkpoints.heads import is_embedding
+from streammerge.checkpoints.heads import HEADS, is_embedding, is_head, tied_embedding
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import MismatchError, RecipeError, printable
 from streammerge.sources.base import Source
@@ -35,7 +35,7 @@ def adapted(base: CheckpointIndex, adapters: Sequence[tuple[Adapter, float]], te
     Raises MismatchError, which names it, for a tensor
     of an adapter that has no place in the base or does not fit there.
     """
-    made = _Adapted(base)
+    made = _Adapted(base, base)
     for adapter, strength in adapters:
         made.add(adapter, strength)
     return made.index([adapter for adapter, _ in adapters], text)
@@ -43,14 +43,17 @@ def adapted(base: CheckpointIndex, adapters: Sequence[tuple[Adapter, float]], te
 
 @dataclass(slots=True)
 class _Adapted:
-    """``now``: name -> the changed tensor, not rounded yet."""
+    """``base``: with a head of its own where an adapter unties it from ``plain``. ``now``: name -> the changed tensor, not
+    rounded yet."""
 
+    plain: CheckpointIndex
     base: CheckpointIndex
     now: dict[str, Source] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def add(self, adapter: Adapter, strength: float) -> None:
+        self._untie(adapter)
         names = Names(self.base)
         experts = blocks(self.base.entries)
         singles: dict[str, Singles] = {}
@@ -97,6 +100,33 @@ class _Adapted:
         self.notes.append(
             f"{printable(self.base.path)}: {len(touched)} of its {counted(len(self.base.entries), 'tensor')} "
             f"{inflected(len(touched), 'is', 'are')} changed by the adapter {adapter.where} ({adapter.dialect}{scale})"
+        )
+
+    def _untie(self, adapter: Adapter) -> None:
+        """Gives the base a head of its own, if it is tied to embeddings, and PEFT trained the one without the other.
+
+        A whole module (modules_to_save) is a copy that PEFT trains in place of the base's, which stays as it was. PEFT
+        saves both also where the vocabulary was resized, but without training them they stay one tensor.
+        """
+        config = adapter.config
+        own = tied_embedding(self.base) if config is not None and config.saved and not config.ties else None
+        if config is None or own is None:
+            return
+        heads = [each.name for each in adapter.modules if each.kind == "saved" and is_head(each.name)]
+        head = next((name for name, first in self.base.aliases.items() if first == own and is_head(name)), None)
+        head = head or (heads or HEADS)[0]
+        if not {own.split(".")[-2], head.split(".")[-2]}.intersection(each.rpartition(".")[2] for each in config.saved):
+            return
+        if head in self.base.entries and head not in self.base.aliases:
+            return
+        entries = {**self.base.entries, head: self.base.entries[own].named(head)}
+        aliases = {name: first for name, first in self.base.aliases.items() if name != head}
+        self.base = replace(self.base, entries=entries, aliases=aliases)
+        if own in self.now:
+            self.now[head] = self.now[own].named(head)
+        self.notes.append(
+            f"{adapter.where} has trained {printable(own)} and {printable(head)} apart (modules_to_save), so the head is a "
+            "tensor of its own"
         )
 
     def _lost(self, adapter: Adapter, lost: list[Module], names: Names, strength: float) -> None:
@@ -262,7 +292,7 @@ class _Adapted:
             notes=[*base.notes, *self.notes],
             warnings=warnings,
             adapters=tuple(each.index for each in adapters),
-            plain=base,
+            plain=self.plain,
             adapted_as=text,
         )
 

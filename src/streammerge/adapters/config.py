@@ -31,7 +31,7 @@ class Config:
     ``r`` and ``alpha``: for modules that no pattern names. ``targets``: the parameters that the adapter targets, in order.
     ``saved``: the modules that it brings whole. ``tokens``: the ends of modules' names -> the numbers of their trained
     rows; "" is the input embedding. ``everywhere``: the ends of the names of all modules that an IA3 adapter changes, if
-    its configuration lists them.
+    its configuration lists them. ``ties``: whether a head that was tied to embeddings stayed so, if one of them is whole.
     """
 
     where: str
@@ -50,6 +50,7 @@ class Config:
     feedforward: str | tuple[str, ...] = ()
     saved: tuple[str, ...] = ()
     everywhere: tuple[str, ...] = ()
+    ties: bool = False
 
     def rank(self, module: str) -> int:
         """Returns the rank of a module's factors."""
@@ -135,6 +136,7 @@ def config_of(tree: Mapping[str, Any], where: str) -> Config:
         feedforward if isinstance(feedforward, str) else tuple(map(str, feedforward)),
         tuple(map(str, _list(tree, "modules_to_save"))),
         tuple(f".{end}" for end in _list(tree, "target_modules")) if _is_whole(tree, kind) else (),
+        take.truth("ensure_weight_tying"),
     )
 
 

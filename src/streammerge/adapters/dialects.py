@@ -40,13 +40,18 @@ REFUSED_PARTS: tuple[tuple[str, str], ...] = (
 WRAPPERS: tuple[tuple[str, str, str], ...] = (
     (r"^base_model\.model\.", "", "PEFT"),
     (r"(?<=\.)base_model\.model\.", "", "PEFT inside a module (GPT-SoVITS)"),
-    (r"\.modules_to_save\.[^.]+(?=\.)", "", "PEFT's whole modules, in older files"),
+    (r"\.modules_to_save(\.[^.]+(?=\.)|(?=\.[^.]+$))", "", "PEFT's whole modules, in older files and beside a vocabulary"),
+    (r"\.token_adapter(?=\.base_layer\.)", "", "PEFT's trainable tokens of a resized vocabulary"),
     (r"\.original_module(?=\.)", "", "PEFT's whole modules, as they were"),
     (r"\.processor\.(to_[qkv])_lora\b", r".\1.lora", "diffusers before PEFT"),
     (r"\.processor\.to_out_lora\b", ".to_out.0.lora", "diffusers before PEFT"),
     (r"^module\.|(?<=\.)_orig_mod\.|^_orig_mod\.", "", "torch's wrappers"),
 )
 """(pattern, what to put there, whose): parts of names that say nothing about the module."""
+
+COPIES: tuple[str, ...] = (".modules_to_save.", ".original_module.")
+"""Parts of names of further copies of a whole module, the better first. PEFT writes them where embeddings were resized, and
+reads the copy without such a part."""
 
 COMPONENTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("lora_unet_", ("unet/", "transformer/", "model.diffusion_model.", "diffusion_model.", "")),

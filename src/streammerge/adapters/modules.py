@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from streammerge.adapters.config import CONFIG, Config, config_of, read_config
-from streammerge.adapters.dialects import COMPONENTS, PARTS, REFUSED_PARTS, SAME_PARTS, WRAPPERS
+from streammerge.adapters.dialects import COMPONENTS, COPIES, PARTS, REFUSED_PARTS, SAME_PARTS, WRAPPERS
 from streammerge.checkpoints.index import CheckpointIndex, open_checkpoint
 from streammerge.errors import FormatError, MismatchError, printable
 from streammerge.sources.base import Allocated, Source, read_whole
@@ -123,7 +123,7 @@ def adapter_of(index: CheckpointIndex, config: Config | None = None) -> Adapter:
         raise MismatchError(refused)
     configs = _of_metadata(index) if config is None and METADATA_KEY in index.metadata else {"": config} if config else {}
     groups: dict[tuple[str, int], dict[str, tuple[str, Source]]] = {}
-    saved: list[Module] = []
+    saved: dict[str, Module] = {}
     factors = 0
     multiplied = {name.removesuffix(_ON_INPUT) for name in index if name.endswith(_ON_INPUT)}
     for name, source in index.items():
@@ -138,7 +138,8 @@ def adapter_of(index: CheckpointIndex, config: Config | None = None) -> Adapter:
         if not source.spec.shape and key.part not in ("", _ALPHA, "on_input"):
             raise MismatchError(f"{made.where}: {printable(name)} is one number, and a factor has axes")
         if not key.part:
-            saved.append(_saved(name, source, key))
+            whole = _saved(name, source, key)
+            saved[key.module] = min(saved.get(key.module, whole), whole, key=_place_among_copies)
             continue
         factors += 1
         part = SAME_PARTS.get(key.part, key.part)
@@ -155,7 +156,7 @@ def adapter_of(index: CheckpointIndex, config: Config | None = None) -> Adapter:
     for (module, depth), group in groups.items():
         made.modules += _modules(made, module, depth, group, _config_for(configs, module))
     _check_alike(made, bool(configs))
-    made.modules[:0] = saved
+    made.modules[:0] = saved.values()
     ranked = isinstance(index.extras, dict) and "lora_rank" in index.extras  # GPT-SoVITS, whose alpha is the rank
     loras = any(each.kind == "lora" for each in made.modules)
     if made.dialect.startswith("PEFT") and not configs and loras and not ranked:
@@ -252,6 +253,11 @@ def _split(name: str) -> _Key:
 
 def _saved(name: str, source: Source, key: _Key) -> Module:
     return Module(key.module, "saved", {"value": source}, (name,))
+
+
+def _place_among_copies(whole: Module) -> int:
+    """Returns a number that is the smaller, the sooner a copy of a whole module is the one that counts."""
+    return next((place for place, part in enumerate(COPIES, 1) if part in whole.keys[0]), 0)
 
 
 def _dialect(index: CheckpointIndex, configs: Mapping[str, Config]) -> str:

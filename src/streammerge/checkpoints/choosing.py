@@ -12,6 +12,7 @@ from streammerge.checkpoints.index import is_shard_of_model, open_checkpoint
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.recipe.adapted import parts_of
 from streammerge.stores.locations import parse
+from streammerge.tensors.conventions import AVERAGED_NAME, LATEST_NAME
 
 
 def choose(
@@ -53,6 +54,8 @@ def choose(
         paths = distinct(paths, notes)
     else:
         notes += twice_told(paths)
+    if chooses:
+        paths = _without_averages(paths, notes)
     if range is not None:
         paths = _within(paths, range, notes)
     if best is not None and by is not None:
@@ -62,7 +65,8 @@ def choose(
 
         ordered = in_order(paths)
         if last is not None:
-            _enough("last", last, paths)
+            ordered = _from_the_first_to_the_last(paths, notes)
+            _enough("last", last, ordered)
             paths = ordered[-last:]
             notes.append(f"chosen as the last {last}: {listed(paths, 20)}")
         elif paths != ordered:
@@ -97,6 +101,43 @@ def _enough(option: str, wanted: int, paths: list[str]) -> None:
         raise RecipeError(f"`{option}={wanted}`, but there are only {len(paths)} checkpoints")
 
 
+def _without_averages(paths: list[str], notes: list[str]) -> list[str]:
+    """Returns the checkpoints without those that are averages by their names, if others are none."""
+    averages = [path for path in paths if re.search(AVERAGED_NAME, parse(path).name)]
+    if not averages or len(averages) == len(paths):
+        return paths
+    notes.append(
+        f"passed over, as averages by their names beside other checkpoints: {listed(averages, 20)}; "
+        "a pattern that only their names match takes them"
+    )
+    return [path for path in paths if path not in averages]
+
+
+def _from_the_first_to_the_last(paths: list[str], notes: list[str]) -> list[str]:
+    """Returns the checkpoints in their order. Passes over those whose names tell no place in it.
+
+    Raises RecipeError if the numbers in the names tell no order.
+    """
+    from streammerge.checkpoints.numbers import in_order, without_number
+
+    _refuse_without_order(paths)
+    bare = without_number(paths)
+    latest = [path for path in bare if re.search(LATEST_NAME, parse(path).name)]
+    placeless = [path for path in bare if path not in latest]
+    if placeless:
+        notes.append(f"passed over, since no number in their names tells their place: {listed(placeless, 20)}")
+    return in_order([path for path in paths if path not in bare]) + latest
+
+
+def _refuse_without_order(paths: list[str]) -> None:
+    """Raises RecipeError if some names have a step, and others an epoch."""
+    from streammerge.checkpoints.numbers import have_no_order
+
+    if unlike := have_no_order(paths):
+        step, epoch = map(printable, unlike)
+        raise RecipeError(f"{step} has a step, and {epoch} an epoch, so they have no order; give a pattern of one kind")
+
+
 def _within(paths: list[str], within: str, notes: list[str]) -> list[str]:
     from streammerge.checkpoints.numbers import numbers_of
 
@@ -104,6 +145,7 @@ def _within(paths: list[str], within: str, notes: list[str]) -> list[str]:
     if not colon or not all(re.fullmatch("[0-9]{0,18}", part.strip()) for part in (start, stop)) or within.strip() == ":":
         raise RecipeError(f"`range` takes FROM:TO, like 1000:5000, not {printable(within)}")
     low, high = int(start.strip() or 0), int(stop.strip()) if stop.strip() else math.inf
+    _refuse_without_order(paths)
     numbers = numbers_of(paths)
     nameless = [path for path, number_in in numbers.items() if number_in is None]
     if nameless:

@@ -22,7 +22,7 @@ from streammerge.stores.locations import PathLike, parse
 from streammerge.stores.remembering import remembering
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import TensorSpec
-from streammerge.units import counted, decimal_bytes
+from streammerge.units import counted, decimal_bytes, inflected
 
 if TYPE_CHECKING:
     from streammerge.recipe.patterns import Rename
@@ -338,7 +338,8 @@ def index_of(container: Container, path: Location, state_dict: str | None = None
     notes = [*container.notes, *(f"{printable(path)}: {note}" for note in selection.notes)]
     integers = sum(is_quantised(found.ref) for found in selection.tensors) if container.pickled else 0
     if integers:
-        notes.append(f"{printable(path)}: {counted(integers, 'quantised tensor')} of torch are read as float32")
+        verb = inflected(integers, "is", "are")
+        notes.append(f"{printable(path)}: {counted(integers, 'quantised tensor')} of torch {verb} read as float32")
     return CheckpointIndex(
         path,
         entries,

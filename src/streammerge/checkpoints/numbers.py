@@ -119,6 +119,28 @@ def in_order(paths: Sequence[str]) -> list[str]:
     return sorted(paths, key=place)
 
 
+def without_number(paths: Sequence[str]) -> list[str]:
+    """Returns the checkpoints whose names have no number, where others in the same folder have one."""
+    places = {path: parse(path) for path in paths}
+    bare = {path for path, place in places.items() if numbers_in(place.name) == Numbers()}
+    numbered = {place.parent for path, place in places.items() if path not in bare}
+    return [path for path in paths if path in bare and places[path].parent in numbered]
+
+
+def have_no_order(paths: Sequence[str]) -> tuple[str, str] | None:
+    """Returns a name with a step and one with an epoch, if no name has both: their numbers tell no order. Else None."""
+    steps, epochs = list[str](), list[str]()
+    for path in paths:
+        found = numbers_in(parse(path).name)
+        if found.step is not None and found.epoch is not None:
+            return None
+        if found.step is not None:
+            steps.append(path)
+        if found.epoch is not None:
+            epochs.append(path)
+    return (steps[0], epochs[0]) if steps and epochs else None
+
+
 def metric_in(path: str, key: str) -> float | None:
     """The value of a metric that a name states, as in ``val_loss=0.123``; ``loss`` is not ``val_loss``."""
     place = parse(path)

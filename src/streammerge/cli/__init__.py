@@ -2,8 +2,8 @@
 
 Each module imports only modules above it::
 
-    terminal   text as the terminal can show it
     streams    the standard streams
+    terminal   text as the terminal can show it
     failures   errors as a sentence or as JSON
     signals    being stopped
     flags      an option as it is typed

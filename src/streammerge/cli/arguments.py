@@ -60,12 +60,12 @@ def output_name(
     Says so by ``tell``. A name that ends in ``/``, or an existing folder, stays a folder. If the first
     input has no suffix either, the output is a file of that name, which the same loader opens.
     """
-    from streammerge.planning.outputs.container import ending_like
+    from streammerge.planning.outputs.container import ending_like, ending_of
     from streammerge.requests.inputs import is_special
     from streammerge.stores.locations import parse
 
     place = parse(out)
-    if out == "-" or place.suffix or place.ends_in_slash or place.is_folder() or is_special(place):
+    if out == "-" or ending_of(place.name) or place.ends_in_slash or place.is_folder() or is_special(place):
         return out
     first = _first_input(inputs, recipe, own_methods)
     if first is None or not parse(first).is_file():

@@ -12,7 +12,7 @@ from types import TracebackType
 from streammerge.cli.failures import add_note
 from streammerge.cli.flags import as_flags
 from streammerge.cli.signals import Stopped, stop_if_asked
-from streammerge.cli.terminal import quoted, say
+from streammerge.cli.terminal import put, quoted, say
 from streammerge.errors import StreammergeError
 from streammerge.events import Event, Published, RunStarted, Suspended, Told
 from streammerge.progress import ProgressBar
@@ -60,7 +60,7 @@ class Progress:
             self.told.add((event.kind, event.text))
             self.say(f"{event.kind}: {as_flags(event.text)}")
         if self._json:
-            print(json.dumps({"event": type(event).__name__, **asdict(event)}), file=sys.stderr, flush=True)
+            put(json.dumps({"event": type(event).__name__, **asdict(event)}), err=True)
         if self._bar is not None:
             self._bar(event)
 

@@ -22,3 +22,8 @@ def open_standard_streams() -> None:
     for stream in (sys.stdout, sys.stderr):  # a terminal of another encoding must not turn a finished merge into an error
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def give_up_stderr() -> None:
+    """Puts the null device in place of a stderr that cannot be written."""
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends

@@ -8,6 +8,8 @@ import sys
 
 import click
 
+from streammerge.cli.streams import give_up_stderr
+
 WIDTH = 100
 """Maximum columns of running text, and the default without a terminal."""
 _COLOURS = {"error": "red", "warning": "yellow", "note": "cyan", "wrote": "green", "verified": "green"}
@@ -25,7 +27,7 @@ def width() -> int:
 
 
 def say(text: str, err: bool = False) -> None:
-    """Prints lines on stdout, or on stderr. Raises OSError, which names the stream, if they cannot be written."""
+    """Prints lines on stdout, or on stderr. Raises OSError, which names the stream, if stdout cannot be written."""
     stream = sys.stderr if err else sys.stdout
     if stream.isatty():
         columns = _columns()
@@ -34,14 +36,18 @@ def say(text: str, err: bool = False) -> None:
 
 
 def put(text: str, err: bool = False, newline: bool = True) -> None:
-    """Prints text as it is, for programs. Raises OSError, which names the stream, if it cannot be written."""
+    """Prints text as it is, for programs. Raises OSError, which names the stream, if stdout cannot be written.
+
+    Behind stderr is a log: if that cannot be written, the work goes on without it.
+    """
     try:
         click.echo(text, err=err, nl=newline)
     except BrokenPipeError:
         raise
     except OSError as error:  # a full disk behind a redirection is not the disk of the output
-        name = "stderr" if err else "stdout"
-        raise CannotPrint(error.errno, f"cannot print on {name}: {error.strerror}", name) from error
+        if not err:
+            raise CannotPrint(error.errno, f"cannot print on stdout: {error.strerror}", "stdout") from error
+        give_up_stderr()
 
 
 def forget_line() -> None:

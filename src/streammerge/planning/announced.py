@@ -30,7 +30,8 @@ def disagreements(indexes: Indexes, merged: Sequence[Merged], layout: Layout) ->
             if found is None:
                 from streammerge.checkpoints.announced import unannounced
 
-                found = unannounced(tree, part.specs(), part.aliases)
+                stored = part.plain or part  # what an adapter changes, the output's configuration follows
+                found = unannounced(tree, stored.specs(), stored.aliases)
                 known.append((part, tree, found))
             said += [f"{printable(part.path)}: {each}" for each in found]
     first = next(iter(indexes.values()))

@@ -38,6 +38,7 @@ _NUMBERS = "a number of the adapter, which was read"
 _ABSENT = "the first input lacks it"
 _EMPTY = "it has no elements to merge"
 _PART = "no part of the merge takes it"
+_REPLACED = "an adapter has another in its place"
 _COPIED_FROM = "only rules copy from this model"
 Label = tuple[Fate, str]
 """The fate of a tensor, and why or how."""
@@ -417,7 +418,8 @@ class _Why:
             made = self.reasons.made.get(ours)
             if made is not None and made.why:
                 return "dropped", made.why if made.why.startswith(BY_RULE) else f"the first input's is kept: {made.why}"
-            why = "the merge method does not use this model"
+            replaced = self._adapters and entries[name] != entry
+            why = _REPLACED if replaced else "the merge method does not use this model"
         return ("dropped", why) if entry.spec.numel or why != _PART else ("copied", _EMPTY)
 
     @cached_property

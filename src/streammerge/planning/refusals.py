@@ -41,10 +41,15 @@ def refuse_unreadable(index: CheckpointIndex) -> None:
     their elements."""
     unread = unread_tensors(index.extras, index.selection.chosen) if index.extras is not None else []
     if unread:
+        kind = unread[0][1]
+        advice = (
+            "they have no numbers, so save it from a model whose weights are loaded"
+            if kind == "meta"
+            else "save it again with ordinary ones, which `dequantize()` and `to_dense()` of torch make"
+        )
         raise MismatchError(
-            f"{printable(index.path)} holds {unread[0][1]} tensors ({listed([name for name, _ in unread])}), "
-            "which are not merged or converted; save it again with ordinary ones, which `dequantize()` and `to_dense()` of "
-            "torch make"
+            f"{printable(index.path)} holds {kind} tensors ({listed([name for name, _ in unread])}), "
+            f"which are not merged or converted; {advice}"
         )
     arrays = unread_arrays(index.selection.chosen)
     if arrays:

@@ -48,20 +48,28 @@ def differing_vocabularies(recipe: Recipe, indexes: Indexes) -> list[str]:
 
 
 def _number_otherwise(one: Location, two: Location) -> bool:
-    """Whether the files beside two models give a token two numbers. False where they do not tell."""
+    """Whether the files beside two models give a token two numbers, or a number two tokens. Not where they say nothing."""
+    differ = False
     if one.is_folder() and two.is_folder():
-        return same_vocabulary(vocabulary_of(one), vocabulary_of(two)) is False
+        ours, theirs = vocabulary_of(one), vocabulary_of(two)
+        same = same_vocabulary(ours, theirs)
+        if same is None or (same and ours is not None and ours.tokenizer and theirs is not None and theirs.tokenizer):
+            return False
+        differ = not same
     homes = vocabulary_folder(one), vocabulary_folder(two)
     if homes[0] is None or homes[1] is None or homes[0] == homes[1] or fingerprint(one) == fingerprint(two):
-        return False
+        return differ
     try:
-        ours, theirs = read_tokens(one), read_tokens(two)
+        first, second = read_tokens(one), read_tokens(two)
     except (OSError, ValueError):
-        return False
-    if ours is None or theirs is None:
-        return False
-    numbers = theirs.numbers
-    return any(numbers.get(token, number) != number for token, number in ours.numbers.items())
+        return differ
+    if first is None or second is None:
+        return differ
+    numbers = second.numbers
+    if any(numbers.get(token, number) != number for token, number in first.numbers.items()):
+        return True
+    tokens = {number: token for token, number in numbers.items()}
+    return any(tokens.get(number, token) != token for token, number in first.numbers.items())
 
 
 class Pool:

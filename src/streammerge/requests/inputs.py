@@ -55,7 +55,12 @@ def path_of(name: str, value: Any) -> str:
 
 
 def is_special(place: Location) -> bool:
-    """Whether something on the disk is neither a file nor a folder, such as ``/dev/null``."""
+    """Whether something on the disk is neither a file nor a folder, such as ``/dev/null``, or may be none at another time.
+
+    Behind ``/dev/stdout`` is a file where a shell redirects it.
+    """
+    if str(place.local_path).startswith(("/dev/std", "/dev/fd/", "/proc/")):
+        return True
     return place.local_path is not None and place.exists() and not place.is_file() and not place.is_folder()
 
 

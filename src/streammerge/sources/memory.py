@@ -84,6 +84,8 @@ def in_memory(name: str, values: Any, label: str = "memory") -> Source:
     """
     what = f"{label}: tensor {printable(name)}"
     if is_tensor(values):
+        if isinstance(values, sys.modules["torch"].nn.parameter.UninitializedTensorMixin):
+            raise FormatError(f"{what} is an uninitialised parameter of a lazy module; call the module once, then merge it")
         values = values.detach()
         if is_unread(values):
             raise FormatError(f"{what} is sparse, nested or without numbers; give an ordinary tensor")

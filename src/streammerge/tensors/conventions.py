@@ -34,6 +34,7 @@ _ROTARY = "rotary frequencies, which a model computes from its configuration"
 _MASK = "a causal mask, which a model makes itself"
 _SPECTROGRAM = "filters and windows of a spectrogram, which a model computes from its configuration"
 _SCHEDULE = "the noise schedule, which a diffusion model computes from its configuration"
+_POSTERIOR = "the posterior encoder of VITS, which only training uses (RVC, GPT-SoVITS)"
 _INDEX = "the numbers 0, 1, 2 and so on, which a model makes itself"
 
 IGNORED: tuple[tuple[str, str, str], ...] = (
@@ -49,6 +50,7 @@ IGNORED: tuple[tuple[str, str, str], ...] = (
     (r"^loss\.(logvar|discriminator\.|perceptual_loss\.)", "", "the loss that an autoencoder is trained with"),
     (r"(^|\.)(position_ids|token_type_ids)$", "", _INDEX),
     (r"(^|\.)relative_position_index$", "", _INDEX),
+    (r"(^|\.)enc_q\.", "", _POSTERIOR),
     (r"(^|\.)(mel_scale\.fb|spectrogram\.window)$", "", _SPECTROGRAM),
     (r"(^|\.)(attn|attention|self_attn)\.(bias|causal_mask|mask)$", "square mask", _MASK),
     (r"(^|\.)(attn|attention|self_attn)\.masked_bias$", "", "the number that a causal mask puts in"),
@@ -97,6 +99,13 @@ AVERAGED = (
     r"([_.].*)?"
 )
 """Matches a part of a name, or a key, that means a running mean of the weights."""
+
+AVERAGED_NAME = r"(?i)(?<![a-z])(ema|swa|avg|ave|averaged?)(?![a-z])"
+"""Found in the name of a file that holds an average of others, or a running one: NeMo's ``epoch=3-EMA.ckpt``, ESPnet's
+``valid.acc.ave_10best.pth``, icefall's ``epoch-30-avg-9.pt``."""
+
+LATEST_NAME = r"(?i)(?<![a-z])(last|latest|final)(?![a-z])"
+"""Found in the name of a file without a number that a training wrote last: Lightning's ``last.ckpt``."""
 
 SWAPPED: tuple[tuple[str, str, str, str], ...] = (
     ("state_dict", "ema_state_dict", "message_hub", "mmengine's EMAHook"),

@@ -29,6 +29,7 @@ def single(tmp_path: Path) -> Path:
         ("x.safetensors", "safetensors"),
         *((f"x{end}", "pickle") for end in (".pth", ".pt", ".ckpt", ".bin", ".th", ".tar")),
         ("x", "folder"), ("x/", "folder"), ("x.pth/", "folder"), ("there.pth", "folder"),
+        ("Llama-3.1-8B-mean", "folder"), ("mean-v0.2", "folder"),
     ],
 )  # fmt: skip
 def test_the_name_decides_the_container(name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +88,7 @@ def test_metadata_is_the_first_inputs_without_hashes(single: Path) -> None:
         assert ("streammerge" in metadata) == merged
 
 
-@pytest.mark.parametrize("ending", ["", ".mdl"])
+@pytest.mark.parametrize("ending", ["", ".mdl", "-1.5"])
 @pytest.mark.parametrize("form", ["pickle", "safetensors"])
 def test_an_output_may_be_called_as_the_inputs_are(
     ending: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -95,7 +95,7 @@ def test_the_plan_says_what_added_tokens_are_worth() -> None:
     said = next(note for note in plan.notes if "tokens are added" in note)
     assert said.startswith("2 tokens are added to the tokenizer of ")
     assert "it can never produce 1 of them (Ġthe)" in said
-    assert "1 ordinary ones change how it splits texts" in said
+    assert "1 ordinary one changes how it splits texts" in said
 
 
 def test_a_file_has_no_room_for_a_new_vocabulary() -> None:

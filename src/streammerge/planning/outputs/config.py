@@ -68,6 +68,7 @@ class _Change:
     def __init__(self, recipe: Recipe, base: CheckpointIndex, alignment: Alignment) -> None:
         self.base, self.merged, self.tokenized = base, alignment.merged, alignment.tokenized
         self.headless = not any(map(is_head, base.entries))
+        self.adapted = any(_unties(view.index) for view, _ in alignment.viewed if view.index.plain is not None)
         self.dtypes = _dtypes(elements(self.merged))
         before = _dtypes((spec, spec.numel) for spec in base.specs().values())
         self.recast = bool(self.dtypes) and (recipe.recast is not None or self.dtypes[:1] != before[:1])
@@ -133,6 +134,8 @@ class _Change:
         """
         if not (self.headless or ties_somewhere(tree)) or not _has_own_head(self.merged):
             return False
+        if self.adapted:
+            return True
         found = (m for m in where(self.merged, is_head) if is_head(m.spec.name))
         heads = {path.parent for m in found for s in m.sources for path in s.paths}
         return any(tie_flag(tree_of(folder)) is not tie_flag(tree) for folder in heads)
@@ -156,6 +159,15 @@ class _Change:
 
 
 _EMBEDDED = re.compile(r"emb|wte|wpe|vocab|tok|shared\.weight$|lm_head|output\.weight$|proj_out")
+
+
+def _unties(index: CheckpointIndex) -> bool:
+    """Whether an adapter has made a tensor of its own of a head that its base ties to the embeddings."""
+    plain = index.plain
+    return plain is not None and any(
+        is_head(name) and name not in index.aliases and (name in plain.aliases or name not in plain.entries)
+        for name in index.entries
+    )
 
 
 def _edits(config: Config, change: _Change) -> Edits:

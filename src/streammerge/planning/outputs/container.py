@@ -45,7 +45,15 @@ from streammerge.stores.locations import parse
 from streammerge.tensors.spec import TensorSpec
 
 PICKLED_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".th", ".tar")
-_ENDING = r"(\.[A-Za-z]\w*)?"
+
+
+def ending_of(name: str) -> str:
+    """Returns the ending by which a file's name says what the file is; "" if its last dot belongs to the name.
+
+    Models are called ``Llama-3.1-8B-mean`` and ``mean-v0.2``.
+    """
+    dot = name.rfind(".")
+    return name[dot:] if dot > 0 and re.fullmatch(r"\.[A-Za-z]\w*", name[dot:]) else ""
 
 
 def container_of(out: Location, first: CheckpointIndex | None = None) -> str:
@@ -65,14 +73,15 @@ def container_of(out: Location, first: CheckpointIndex | None = None) -> str:
             f"{printable(out.name)}: GGUF is read and not written; end the name in / for a folder, and make a GGUF file of "
             "it with llama.cpp's convert_hf_to_gguf.py"
         )
-    if first is not None and not first.in_memory and first.path.suffix == out.suffix and first.path.is_file():
+    endings = (out.suffix, ending_of(out.name))
+    if first is not None and not first.in_memory and first.path.suffix in endings and first.path.is_file():
         if first.container.members and first.container.enclosed is None:
             raise RecipeError(
                 f"{printable(out.name)}: an archive whose weights are no single file is read and not written; end the name "
                 "in .safetensors or .ckpt"
             )
         return "pickle" if first.container.pickled else "safetensors"
-    if not out.suffix:
+    if not endings[1]:
         return "folder"
     raise RecipeError(
         f"{printable(out.name)} does not say what to write; end it in .safetensors, in .pth (.pt, .ckpt, .bin, .th, .pkl) "
@@ -90,7 +99,7 @@ def like_first(first: CheckpointIndex) -> Location:
 def ending_like(first: Location) -> str:
     """Returns the ending of an output of the same kind as this file. GGUF is not written, so it becomes safetensors."""
     ending = first.suffix
-    return ending if re.fullmatch(_ENDING, ending) and ending != ".gguf" else ".safetensors"
+    return ending if ending == ending_of(first.name) and ending != ".gguf" else ".safetensors"
 
 
 def plan_output(out: Location, recipe: Recipe, indexes: Indexes, alignment: Alignment, hashed: bool) -> PlannedOutput:

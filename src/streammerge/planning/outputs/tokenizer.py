@@ -132,7 +132,8 @@ def _worth(vocabulary: Vocabulary) -> list[str]:
         said += f"; it can never produce {len(dead)} of them ({listed(dead, 3)}), so their rows have no use"
     alive = len(ordinary) - len(set(dead) & {each["content"] for each in ordinary})
     if alive:
-        said += f"; {alive} ordinary ones change how it splits texts that contain them"
+        change = "ordinary one changes" if alive == 1 else "ordinary ones change"
+        said += f"; {alive} {change} how it splits texts that contain {'it' if alive == 1 else 'them'}"
     if dead or alive:
         said += ' (`tokenizer_source="base"` adds none)'
     return [said]
