@@ -227,8 +227,8 @@ def _nothing(one: Guess) -> _Found:
 def _around(chunk: Chunk, tensor: torch.Tensor, one: Guess, grain: int) -> _Found:
     scratch = chunk.empty(SCRATCH)
     if not one.candidates:
-        picked, places, nan = inside(tensor, one.low, one.high, scratch)
-        return _Found([count_above(tensor, one.high, scratch)], [picked], [places + chunk.start], nan=nan)
+        found = inside(tensor, one.low, one.high, scratch)
+        return _Found([found.above], [found.values], [found.places.add_(chunk.start)], nan=found.nan)
     above, equal = [], []
     for candidate in one.candidates:
         above.append(count_above(tensor, candidate, scratch))
