@@ -67,19 +67,23 @@ def affordable(guesses: Sequence[Guess], count: int) -> bool:
     return 2 * _COLLECTED_BYTES * collected <= _MOST_HELD_BYTES
 
 
-def guess(sample: torch.Tensor, rank: int, count: int) -> Guess | None:
-    """Estimates a narrow bracket of the ``rank``-th largest of ``count`` numbers from a sample; None if there is none."""
-    import torch
+def guess(ordered: torch.Tensor, rank: int, count: int) -> Guess | None:
+    """Estimates a narrow bracket of the ``rank``-th largest of ``count`` numbers from a sample; None if there is none.
+    ``ordered``: the sample, the smallest number first."""
+    import numpy as np
 
+    sample = ordered.numpy()
     size, share = len(sample), rank / count
     margin = _SIGMAS * math.sqrt(size * share * (1 - share)) + 2
     first, last = int(size * share - margin), int(size * share + margin)
-    high = float(sample.kthvalue(size - first).values) if first > 0 else math.inf
-    low = float(sample.kthvalue(size - last).values) if last < size else -math.inf
+    high = sample[size - first - 1].item() if first > 0 else math.inf
+    low = sample[size - last - 1].item() if last < size else -math.inf
     if math.isnan(high) or math.isnan(low):
         return None
-    near = sample[(sample >= low) & (sample <= high)]
-    if low > -math.inf and high < math.inf and len(frequent := torch.unique(near)) <= _FEW:
+    kind = sample.dtype.type  # else all of the sample would be converted
+    begin, end = int(sample.searchsorted(kind(low))), int(sample.searchsorted(kind(high), "right"))
+    near = sample[begin:end]
+    if low > -math.inf and high < math.inf and len(frequent := np.unique(near)) <= _FEW:
         return Guess(low, high, 1.0, tuple(frequent.tolist()))
     return Guess(low, high, len(near) / size) if len(near) <= max(size * _MOST_COLLECTED, 3 * margin) else None
 
