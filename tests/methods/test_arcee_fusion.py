@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from methods.suite import Case, MethodSuite
+from streammerge.kernels.group import TensorGroup
+from streammerge.methods import arcee_fusion as module
+from streammerge.tensors.spec import GRAIN
 
 Tensor = torch.Tensor
 
@@ -22,3 +26,26 @@ def arcee_fusion(x: list[Tensor], b: Tensor, draws: Any) -> Tensor:
 class TestArceeFusion(MethodSuite):
     ORACLES = {"arcee_fusion": arcee_fusion}
     CASES = [Case("arcee_fusion", 1, undecided=1e-3)]
+
+
+def test_passes_and_kernel_make_divergences_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside those of the sample. More rows than the budget has room for are made again, with the same result."""
+    rows, width = 1000, 3 * GRAIN // 1000
+    make = torch.Generator().manual_seed(0)
+    base = torch.randn(rows, width, generator=make)
+    model = base + 0.1 * torch.randn(rows, width, generator=make)
+    made = list[int]()
+    divergence = module._divergence
+    monkeypatch.setattr(module, "_divergence", lambda chunk, row: made.append(chunk.elems) or divergence(chunk, row))
+
+    def merged() -> Tensor:
+        made.clear()
+        group = TensorGroup.of(model, base=base, row=width, chunk_elems=GRAIN)
+        return group.merged(module.arcee_fusion(group))
+
+    once = merged()
+    sample = sum(elems for elems in made if elems <= 2048)
+    assert sum(made) - sample == base.numel()
+    monkeypatch.setattr(module, "_KEPT_BYTES", 4 * rows - 1)
+    assert torch.equal(merged(), once)
+    assert sum(made) - sample == 2 * base.numel()

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from streammerge.kernels.batch import Batch
 
+_KEPT_BYTES = 1 << 20
+"""Memory for what passes leave to the kernel: the importance of a tensor of up to a grain, or divergences of rows."""
+
 
 def _row(shape: tuple[int, ...], values: Values) -> int:
     return shape[-1] if shape else 1
@@ -41,7 +44,7 @@ def _in_batch(batch: Batch, values: Values) -> torch.Tensor | None:
     base="required",
     row=_row,
     buffers=12,
-    kept_bits=32,
+    kept_bits=8 * _KEPT_BYTES // GRAIN,
     searches=3,
     batch=_in_batch,
 )
@@ -60,14 +63,17 @@ def arcee_fusion(group: TensorGroup) -> Kernel:
     elements are exact; mergekit takes those of a random sample.
     """
     n, kept = group.elems, list["torch.Tensor"]()
+    known = _Divergences(group)
 
     def importance(chunk: Chunk) -> torch.Tensor:
-        keeps = chunk.elems == n <= GRAIN and not chunk.hides
-        if keeps and kept:
+        if chunk.hides:
+            return _importance(chunk, group.row)
+        if not chunk.elems == n <= GRAIN:
+            return _apart(chunk, group.row, known.of(chunk))
+        if kept:
             return chunk.empty("importance").copy_(kept[0])
         made = _importance(chunk, group.row)
-        if keeps:
-            kept.append(made.clone())
+        kept.append(made.clone())
         return made
 
     (cuts,) = group.kth_largest(lambda chunk: [importance(chunk)], [_quartiles(n)], signed=True)
@@ -93,12 +99,43 @@ def _threshold(cuts: Sequence[Cut]) -> float:
     return middle + 1.5 * (third - first)
 
 
+class _Divergences:
+    """The divergences of a tensor's rows. Those that a pass has made are kept for the next one and the kernel, if all fit
+    in the memory that the contract counts as ``kept_bits``. Others are made again."""
+
+    def __init__(self, group: TensorGroup) -> None:
+        import torch
+
+        rows = group.elems // max(group.row, 1)
+        self._row = group.row
+        self._known = torch.empty(rows if rows * group.compute.itemsize <= _KEPT_BYTES else 0, dtype=group.compute)
+        self._spans = set[tuple[int, int]]()
+
+    def of(self, chunk: Chunk) -> torch.Tensor:
+        """Returns those of a chunk's rows, in a column."""
+        if not len(self._known):
+            return _divergence(chunk, self._row)
+        rows, span = self._known[chunk.start // self._row : chunk.stop // self._row].unsqueeze(1), (chunk.start, chunk.stop)
+        if span not in self._spans:
+            rows.copy_(_divergence(chunk, self._row))
+            self._spans.add(span)
+        return rows
+
+
 def _importance(chunk: Chunk, row: int) -> torch.Tensor:
+    return _apart(chunk, row, _divergence(chunk, row))
+
+
+def _divergence(chunk: Chunk, row: int) -> torch.Tensor:
     import torch
 
     x, b = (values.view(-1, row) for values in (chunk.load(0, "x"), chunk.base))
     p, q = (chunk.empty(slot).view(x.shape) for slot in ("p", "q"))  # memory of torch's own would be new at each chunk
     torch.softmax(x, -1, out=p).add_(1e-8)
     torch.softmax(b, -1, out=q).add_(1e-8)
-    divergence = torch.div(p, q, out=q).log_().mul_(p).sum(-1, keepdim=True)
-    return x.sub_(b).abs_().mul_(divergence).view(-1)
+    return torch.div(p, q, out=q).log_().mul_(p).sum(-1, keepdim=True)
+
+
+def _apart(chunk: Chunk, row: int, divergence: torch.Tensor) -> torch.Tensor:
+    """Returns how far the model's numbers lie apart from the base's, times the divergences of their rows."""
+    return chunk.delta(0, "x").abs_().view(-1, row).mul_(divergence).view(-1)
