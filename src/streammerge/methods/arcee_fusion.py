@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from streammerge.kernels.chunk import Chunk, Kernel
 from streammerge.kernels.group import TensorGroup
+from streammerge.kernels.masks import Kept, kept_bytes
 from streammerge.kernels.ranking import Cut
 from streammerge.methods.contracts import Values, merge_method
 from streammerge.tensors.spec import GRAIN
@@ -15,9 +16,6 @@ if TYPE_CHECKING:
     import torch
 
     from streammerge.kernels.batch import Batch
-
-_KEPT_BYTES = 1 << 20
-"""Memory for what passes leave to the kernel: the importance of a tensor of up to a grain, or divergences of rows."""
 
 
 def _row(shape: tuple[int, ...], values: Values) -> int:
@@ -44,7 +42,7 @@ def _in_batch(batch: Batch, values: Values) -> torch.Tensor | None:
     base="required",
     row=_row,
     buffers=12,
-    kept_bits=8 * _KEPT_BYTES // GRAIN,
+    kept_bits=32,
     searches=3,
     batch=_in_batch,
 )
@@ -100,26 +98,29 @@ def _threshold(cuts: Sequence[Cut]) -> float:
 
 
 class _Divergences:
-    """The divergences of a tensor's rows. Those that a pass has made are kept for the next one and the kernel, if all fit
-    in the memory that the contract counts as ``kept_bits``. Others are made again."""
+    """The divergences of a long tensor's rows. Those that a pass has made lie beside memory for the next pass and the
+    kernel, if there is room, and if they take no more of it than a mask. Others are made again."""
 
     def __init__(self, group: TensorGroup) -> None:
-        import torch
-
-        rows = group.elems // max(group.row, 1)
-        self._row = group.row
-        self._known = torch.empty(rows if rows * group.compute.itemsize <= _KEPT_BYTES else 0, dtype=group.compute)
-        self._spans = set[tuple[int, int]]()
+        self._row, self._size = max(group.row, 1), group.compute.itemsize
+        self._kept: Kept | None = None
+        if group.masks is not None and group.elems > GRAIN and self._row >= 8 * self._size:
+            of_grain = group.grain // self._row * self._size
+            room = group.masks(kept_bytes(1, group.elems, group.grain, of_grain))
+            self._kept = None if room is None else Kept(room, group.elems, group.grain, of_grain)
 
     def of(self, chunk: Chunk) -> torch.Tensor:
         """Returns those of a chunk's rows, in a column."""
-        if not len(self._known):
+        import torch
+
+        if self._kept is None:
             return _divergence(chunk, self._row)
-        rows, span = self._known[chunk.start // self._row : chunk.stop // self._row].unsqueeze(1), (chunk.start, chunk.stop)
-        if span not in self._spans:
-            rows.copy_(_divergence(chunk, self._row))
-            self._spans.add(span)
-        return rows
+        found = self._kept.kept(0, chunk.start, chunk.stop, chunk.elems // self._row * self._size)
+        if found is not None:
+            return torch.frombuffer(found, dtype=chunk.compute).unsqueeze(1)
+        made = _divergence(chunk, self._row)
+        self._kept.keep(0, chunk.start, chunk.stop, made.numpy().tobytes())
+        return made
 
 
 def _importance(chunk: Chunk, row: int) -> torch.Tensor:
