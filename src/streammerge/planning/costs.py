@@ -180,7 +180,7 @@ def _task_cost(task: MergeTask, dtypes: list[DType], io: str) -> Cost:
     passes = rows_bytes + held_bytes(task.elems if alone else min(task.elems, task.piece_elems), searches)
     passes += method.whole_bytes(task.shape, models - task.based, task.parameters, task.turned)
     spread = rows_bytes + held_bytes(task.elems, searches) if task.spread and not alone else 0
-    best = WIDE_CHUNK_ELEMS if method.passes and task.compute == "float64" else BEST_CHUNK_ELEMS
+    best = WIDE_CHUNK_ELEMS if method.passes and method.compute == "float64" else BEST_CHUNK_ELEMS
     own = Cost(compute, buffers, out, read, inputs, mapped, task.row, method.passes, passes, spread, best=best)
     return own._replace(summed=summed_bytes(models, widest)) if is_summed(task) else own
 
