@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -82,3 +84,22 @@ def test_sort_keys_are_in_the_order_of_the_numbers(dtype: torch.dtype) -> None:
     magnitudes = values[4:].clone()
     keys = group(magnitudes)[1].sort_keys(magnitudes, signed=False)
     assert keys.tolist() == sorted(set(keys.tolist()))
+
+
+@pytest.mark.parametrize("elems", [1, GRAIN, 2 * GRAIN + 5])
+def test_blocks_of_a_chunk_have_its_numbers(elems: int) -> None:
+    values, base = (torch.randn(elems, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    made = TensorGroup.of(values, base=base, chunk_elems=3 * GRAIN)
+    ((chunk,),) = made.sweep(lambda chunk: (), lambda look, chunks: list(chunks), 0, made.elems)
+    found = [(block.start, block.stop, block.delta(0).clone()) for block in chunk.blocks(GRAIN)]
+    assert [span[:2] for span in found] == list(chunk_spans(0, elems, GRAIN, 1))
+    assert torch.equal(torch.cat([delta for *_, delta in found]), values - base)
+
+
+def test_blocks_hide_what_their_chunk_hides() -> None:
+    values = torch.ones(2 * GRAIN)
+    values[[3, GRAIN + 3]] = math.inf
+    made = TensorGroup.of(values, base=values.clone(), chunk_elems=2 * GRAIN)
+    ((chunk,),) = made.sweep(lambda chunk: (), lambda look, chunks: list(chunks), 0, made.elems)
+    assert [float(block.load(0).sum()) for block in chunk.hiding().blocks(GRAIN)] == [GRAIN - 1] * 2
+    assert [float(block.load(0).sum()) for block in chunk.blocks(GRAIN)] == [math.inf] * 2

@@ -28,7 +28,7 @@ def test_what_lies_inside_is_found_to_the_last_bit() -> None:
         values = (1 + torch.randint(0, 300, (4099,), generator=make) * 2.0**-23) * scale
         first, count = int(torch.randint(0, 295, (1,), generator=make)), int(torch.randint(1, 6, (1,), generator=make))
         low, high = (1 + first * 2.0**-23) * scale, (1 + (first + count) * 2.0**-23) * scale
-        _, places, _ = inside(values, low, high, torch.empty(4099))
+        places = inside(values, low, high, torch.empty(4099)).places
         assert torch.equal(places.sort().values, ((values >= low) & (values <= high)).nonzero()[:, 0])
 
 
@@ -36,18 +36,20 @@ def test_what_lies_inside_is_found_to_the_last_bit() -> None:
 @pytest.mark.parametrize("high", [math.inf, 9.0, 5.0])
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 83])
 def test_limits_belong_to_what_lies_inside(low: float, high: float, size: int) -> None:
-    """Integers, so many equal a limit. A column of the table has one such number or eight."""
+    """Integers, so many equal a limit."""
     values = torch.randint(-4, 10, (size,), generator=torch.Generator().manual_seed(size)).float()
-    picked, places, nan = inside(values, low, high, torch.empty(size))
+    picked, places, above, nan = inside(values, low, high, torch.empty(size))
     assert not nan
     wanted = (values >= low) & (values <= high)
     assert torch.equal(places.sort().values, wanted.nonzero()[:, 0])
     assert torch.equal(picked, values[places])
-    assert count_above(values, high, torch.empty(size)) == int((values > high).sum())
+    assert above == count_above(values, high, torch.empty(size)) == int((values > high).sum())
     for place in {0, size // 2, size - 1}:
         with_nan = values.clone()
         with_nan[place] = math.nan
-        assert inside(with_nan, low, high, torch.empty(size))[2], place
+        found = inside(with_nan, low, high, torch.empty(size))
+        assert found.nan, place
+        assert found.above == count_above(with_nan, high, torch.empty(size)), place
 
 
 def test_what_is_collected_stays_within_what_was_planned() -> None:

@@ -291,16 +291,19 @@ class MethodSuite:
             paths.append(tmp_path / f"{number}.safetensors")
             shapes = {"w": (300, 3000), "v": (90_001,), "u": (2, 70_003)}
             save_file({n: torch.randn(s, generator=make, dtype=torch.float64) for n, s in shapes.items()}, paths[-1])
-        base = {"base": paths[5]} if case.base else {}
         digests, chunks = set(), set()
-        for memory in ("512MiB", "128MiB", "64MiB", "48MiB", "32MiB", "20MiB"):
+        options = {"method": case.method, "parameters": case.parameters, "workers": 1}
+        options |= {"base": paths[5]} if case.base else {}
+        with pytest.raises(sm.BudgetError) as refused:
+            sm.merge(paths[: case.models], tmp_path / "out.safetensors", memory="1MiB", **options)
+        least = re.findall(r'memory="(\d+MiB)"', str(refused.value))  # enough for the smallest chunk
+        for memory in ("512MiB", "128MiB", "64MiB", "48MiB", "32MiB", *least):
             out = tmp_path / memory / "model.safetensors"
             out.parent.mkdir()
-            options = {"parameters": case.parameters} | base
             try:
-                done = sm.merge(paths[: case.models], out, method=case.method, workers=1, memory=memory, **options)
+                done = sm.merge(paths[: case.models], out, memory=memory, **options)
             except sm.BudgetError:
-                break
+                continue
             digests.add(hashlib.sha256(out.read_bytes()).hexdigest())
             chunks.add(done.plan.budget.chunk_elems)
         assert len(chunks) > 1

@@ -104,10 +104,16 @@ class TestBudget:
         with_data, without = (budget.fit(1 << 40, 1, self.cost, Load(pickle_bytes=n)) for n in (12345, 0))
         assert with_data.peak_bytes == without.peak_bytes + 12345
 
-    def test_methods_with_passes_have_twice_the_chunk_and_the_window(self) -> None:
+    def test_methods_with_passes_have_twice_the_window(self) -> None:
         plain, passing = (budget.Cost(4, 2, 2, 0, 2, 2, passes=passes) for passes in (False, True))
         one, two = (budget.fit(1 << 40, workers=1, cost=cost, load=Load()) for cost in (plain, passing))
-        assert (two.chunk_elems, two.window_bytes) == (2 * one.chunk_elems, 2 * one.window_bytes)
+        assert (two.chunk_elems, two.window_bytes) == (one.chunk_elems, 2 * one.window_bytes)
+
+    def test_the_preferred_chunk_is_the_largest_of_all_tasks(self) -> None:
+        wide = budget.Cost(8, 4, 2, 0, 2, 2, best=budget.WIDE_CHUNK_ELEMS)
+        plain = budget.Cost(4, 2, 2, 0, 2, 2, best=budget.BEST_CHUNK_ELEMS)
+        for cost, elems in ((wide, budget.WIDE_CHUNK_ELEMS), (wide.most(plain), budget.BEST_CHUNK_ELEMS)):
+            assert budget.fit(1 << 40, workers=1, cost=cost, load=Load()).chunk_elems == elems
 
     def test_more_workers_than_fit_cost_no_time(self) -> None:
         assert budget.fit(1 << 29, workers=1 << 70, cost=self.cost, load=Load()) == budget.fit(

@@ -119,6 +119,16 @@ class Chunk:
             self.start, self.stop, self.compute, self._buffers, self._read, self._first > 0, self._count, hides=True
         )
 
+    def blocks(self, elems: int) -> Iterator[Chunk]:
+        """Yields the chunk in parts of so many elements, which use the begin of its buffers. What was taken of these is
+        lost."""
+        if self.elems <= elems:
+            yield self
+            return
+        for a, b in ranges(self.elems, elems):
+            span = (self.start + a, self.start + b)
+            yield Chunk(*span, self.compute, self._buffers, self._read, self._first > 0, self._count, self.hides)
+
     def settle(self, kernel: Kernel, row: int, out: torch.Tensor) -> int:
         """Puts agreed elements into the kernel's result for this chunk. Returns how many. See :func:`agreed.settle`."""
         sources = self._count + self._first

@@ -24,16 +24,18 @@ _PRODUCT: Slot = ("product",)
 
 @dataclass(frozen=True, slots=True)
 class _Sums:
-    """Sums the terms of a piece, grain by grain; ``row``: see :class:`TensorGroup`."""
+    """Sums the terms of a piece, grain by grain; ``row``: see :class:`TensorGroup`. ``apart``: whether the terms are
+    made of one grain after the other too. They then stay in the CPU's own cache, but a look costs more calls."""
 
     grain: int
     row: int
+    apart: bool = False
 
     def __call__(self, look: Look, chunks: Iterable[Chunk]) -> list[torch.Tensor]:
         import torch
 
         totals: list[torch.Tensor] = []
-        for chunk in chunks:
+        for chunk in (block for whole in chunks for block in whole.blocks(self.grain)) if self.apart else chunks:
             for number, values in enumerate(look(chunk)):
                 step = self.grain // (self.row if values.dim() > 1 else 1)
                 length = values.shape[0]  # torch's len is a function of Python, and slow
@@ -47,14 +49,15 @@ class _Sums:
         return totals
 
 
-def reduce(group: Swept, terms: Look) -> list[torch.Tensor]:
-    """See :meth:`TensorGroup.reduce`. If a sum is not finite, all are made again without agreed elements."""
+def reduce(group: Swept, terms: Look, apart: bool = False) -> list[torch.Tensor]:
+    """See :meth:`TensorGroup.reduce`. If a sum is not finite, all are made again without agreed elements. ``apart``: see
+    :class:`_Sums`."""
 
     def add(totals: list[torch.Tensor], more: list[torch.Tensor]) -> list[torch.Tensor]:
         return [total.add_(one) for total, one in zip(totals, more, strict=True)]
 
     def sums(swept: Swept) -> list[torch.Tensor]:
-        return functools.reduce(add, swept.sweep(terms, _Sums(group.grain, group.row), 0, group.elems))
+        return functools.reduce(add, swept.sweep(terms, _Sums(group.grain, group.row, apart), 0, group.elems))
 
     totals = sums(group)
     return totals if all(map(_finite, totals)) else sums(group.hiding())
@@ -69,7 +72,7 @@ def gram(group: Swept, deltas: bool) -> torch.Tensor:
     import torch
 
     n = group.models
-    sums = reduce(group, lambda chunk: products(chunk, n, deltas))
+    sums = reduce(group, lambda chunk: products(chunk, n, deltas), apart=True)
     return torch.tensor(matrix([total.item() for total in sums], n), dtype=torch.float64)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from streammerge.kernels.chunk import Chunk, Kernel
 from streammerge.kernels.group import TensorGroup
+from streammerge.kernels.masks import Kept, kept_bytes
 from streammerge.kernels.ranking import Cut
 from streammerge.methods.contracts import Values, merge_method
 from streammerge.tensors.spec import GRAIN
@@ -60,14 +61,17 @@ def arcee_fusion(group: TensorGroup) -> Kernel:
     elements are exact; mergekit takes those of a random sample.
     """
     n, kept = group.elems, list["torch.Tensor"]()
+    known = _Divergences(group)
 
     def importance(chunk: Chunk) -> torch.Tensor:
-        keeps = chunk.elems == n <= GRAIN and not chunk.hides
-        if keeps and kept:
+        if chunk.hides:
+            return _importance(chunk, group.row)
+        if not chunk.elems == n <= GRAIN:
+            return _apart(chunk, group.row, known.of(chunk))
+        if kept:
             return chunk.empty("importance").copy_(kept[0])
         made = _importance(chunk, group.row)
-        if keeps:
-            kept.append(made.clone())
+        kept.append(made.clone())
         return made
 
     (cuts,) = group.kth_largest(lambda chunk: [importance(chunk)], [_quartiles(n)], signed=True)
@@ -93,12 +97,46 @@ def _threshold(cuts: Sequence[Cut]) -> float:
     return middle + 1.5 * (third - first)
 
 
+class _Divergences:
+    """The divergences of a long tensor's rows. Those that a pass has made lie beside memory for the next pass and the
+    kernel, if there is room, and if they take no more of it than a mask. Others are made again."""
+
+    def __init__(self, group: TensorGroup) -> None:
+        self._row, self._size = max(group.row, 1), group.compute.itemsize
+        self._kept: Kept | None = None
+        if group.masks is not None and group.elems > GRAIN and self._row >= 8 * self._size:
+            of_grain = group.grain // self._row * self._size
+            room = group.masks(kept_bytes(1, group.elems, group.grain, of_grain))
+            self._kept = None if room is None else Kept(room, group.elems, group.grain, of_grain)
+
+    def of(self, chunk: Chunk) -> torch.Tensor:
+        """Returns those of a chunk's rows, in a column."""
+        import torch
+
+        if self._kept is None:
+            return _divergence(chunk, self._row)
+        found = self._kept.kept(0, chunk.start, chunk.stop, chunk.elems // self._row * self._size)
+        if found is not None:
+            return torch.frombuffer(found, dtype=chunk.compute).unsqueeze(1)
+        made = _divergence(chunk, self._row)
+        self._kept.keep(0, chunk.start, chunk.stop, made.numpy().tobytes())
+        return made
+
+
 def _importance(chunk: Chunk, row: int) -> torch.Tensor:
+    return _apart(chunk, row, _divergence(chunk, row))
+
+
+def _divergence(chunk: Chunk, row: int) -> torch.Tensor:
     import torch
 
     x, b = (values.view(-1, row) for values in (chunk.load(0, "x"), chunk.base))
     p, q = (chunk.empty(slot).view(x.shape) for slot in ("p", "q"))  # memory of torch's own would be new at each chunk
     torch.softmax(x, -1, out=p).add_(1e-8)
     torch.softmax(b, -1, out=q).add_(1e-8)
-    divergence = torch.div(p, q, out=q).log_().mul_(p).sum(-1, keepdim=True)
-    return x.sub_(b).abs_().mul_(divergence).view(-1)
+    return torch.div(p, q, out=q).log_().mul_(p).sum(-1, keepdim=True)
+
+
+def _apart(chunk: Chunk, row: int, divergence: torch.Tensor) -> torch.Tensor:
+    """Returns how far the model's numbers lie apart from the base's, times the divergences of their rows."""
+    return chunk.delta(0, "x").abs_().view(-1, row).mul_(divergence).view(-1)

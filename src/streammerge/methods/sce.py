@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from streammerge.errors import RecipeError
-from streammerge.kernels.chunk import OPERAND, Chunk, Kernel, Slot
+from streammerge.kernels.chunk import OPERAND, Chunk, Kernel
 from streammerge.kernels.group import TensorGroup
 from streammerge.kernels.ranking import Cut
 from streammerge.methods.contracts import Values, merge_method
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from streammerge.kernels.batch import Batch
 
 Variance = Callable[[Chunk], "torch.Tensor"]
-Mask = Callable[[Chunk], "torch.Tensor | None"]
+Mask = Callable[[Chunk, "Sequence[torch.Tensor]"], "torch.Tensor | None"]
 Kept = dict[str, "torch.Tensor"]
 
 
@@ -38,8 +38,7 @@ def _in_batch(batch: Batch, values: Values) -> torch.Tensor | None:
     deltas = [chunk.delta(model, f"delta {model}") for model in range(batch.models)]
     if share < 1:
         variance = _variance(chunk, deltas, batch.models)
-        varying = torch.gt(variance, 0, out=chunk.empty("varying"))
-        ranks = [(int(count * share), 0) for count in batch.sums(varying)]
+        ranks = [(int(count * share), 0) for count in _varying(batch, variance)]
         if not batch.keep_largest(variance, ranks):
             return None
         mask = torch.ne(variance, 0, out=variance)
@@ -52,6 +51,15 @@ def _in_batch(batch: Batch, values: Values) -> torch.Tensor | None:
     each = [_shares(of_models, batch.elems, values["uniform_below"]) for of_models in zip(*energies, strict=True)]
     columns = [batch.column(of_tensors) for of_tensors in zip(*each, strict=True)]
     return _mixed(chunk, deltas, lambda values, model: batch.rows(values).mul_(columns[model]))
+
+
+def _varying(batch: Batch, variance: torch.Tensor) -> list[int]:
+    """Returns the number of elements of each tensor that vary. A comparison with NaN is false."""
+    import numpy as np
+
+    flags = batch.chunk.empty(OPERAND).numpy().view("?")[: len(variance)]
+    rows = np.greater(variance.numpy(), 0, out=flags).reshape(len(batch.names), -1)
+    return [int(np.count_nonzero(row)) for row in rows]
 
 
 @merge_method(
@@ -86,12 +94,11 @@ def sce(group: TensorGroup, *, int8_mask: bool = False, select_topk: float = 1.0
     kept: Kept = {}
     variance = _variances(group, kept)
     cut = _selection(group, variance, select_topk) if select_topk < 1 else None
-    mask_of: Mask = (lambda chunk: None) if cut is None else _masks(group, variance, cut, kept)
+    mask_of: Mask = (lambda chunk, deltas: None) if cut is None else _masks(group, cut, kept)
     weights = _weights(group, mask_of, uniform_below)
 
     def kernel(chunk: Chunk) -> torch.Tensor:
-        mask = mask_of(chunk)
-        deltas = [_selected(chunk, model, mask, f"delta {model}") for model in range(group.models)]
+        deltas = _selected(chunk, group.models, mask_of)
         return _mixed(chunk, deltas, lambda values, model: values.mul_(weights[model]))
 
     return kernel
@@ -119,9 +126,11 @@ def _mixed(chunk: Chunk, deltas: list[torch.Tensor], weigh: Callable[[torch.Tens
     return mixed.div_(divisor.clamp_(min=1e-6)).add_(chunk.base)
 
 
-def _selected(chunk: Chunk, model: int, mask: torch.Tensor | None, slot: Slot = OPERAND) -> torch.Tensor:
-    delta = chunk.delta(model, slot)
-    return delta if mask is None else delta.mul_(mask)
+def _selected(chunk: Chunk, models: int, mask_of: Mask) -> list[torch.Tensor]:
+    """Returns the deltas of a chunk, with zeros where an element is not selected."""
+    deltas = [chunk.delta(model, f"delta {model}") for model in range(models)]
+    mask = mask_of(chunk, deltas)
+    return deltas if mask is None else [delta.mul_(mask) for delta in deltas]
 
 
 def _selection(group: TensorGroup, variance: Variance, share: float) -> Cut:
@@ -148,20 +157,21 @@ def _variances(group: TensorGroup, kept: Kept) -> Variance:
     return variance
 
 
-def _masks(group: TensorGroup, variance: Variance, cut: Cut, kept: Kept) -> Mask:
-    """Returns the function that gives 1 where an element is selected, 0 elsewhere. Keeps the mask of a tensor of up to a
-    grain in place of its variances."""
+def _masks(group: TensorGroup, cut: Cut, kept: Kept) -> Mask:
+    """Returns the function that gives 1 where an element is selected, 0 elsewhere, from the deltas of a chunk. Keeps the
+    mask of a tensor of up to a grain in place of its variances."""
 
-    def mask(chunk: Chunk) -> torch.Tensor:
+    def mask(chunk: Chunk, deltas: Sequence[torch.Tensor]) -> torch.Tensor:
         import torch
 
         keeps = chunk.elems == group.elems <= GRAIN and not chunk.hides
         if keeps and "mask" in kept:
             return kept["mask"]
-        found = cut.keep(variance(chunk), chunk.start)  # nobody asks for the variances any more
+        known = kept.pop("variance", None) if keeps else None  # nobody asks for the variances any more
+        found = cut.keep(_variance(chunk, deltas, group.models) if known is None else known, chunk.start)
         made = torch.ne(found, 0, out=found)
         if keeps:
-            kept["mask"] = kept.pop("variance")
+            kept["mask"] = made if known is not None else made.clone()
         return made
 
     return mask
@@ -197,9 +207,7 @@ def _weights(group: TensorGroup, mask_of: Mask, uniform_below: float) -> list[fl
     def squares(chunk: Chunk) -> Iterator[torch.Tensor]:
         import torch
 
-        mask = mask_of(chunk)
-        for model in range(group.models):
-            delta = _selected(chunk, model, mask)
+        for delta in _selected(chunk, group.models, mask_of):
             yield torch.mul(delta, delta, out=delta)
 
     return _shares([float(total) for total in group.reduce(squares)], group.elems, uniform_below)

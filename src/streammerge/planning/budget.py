@@ -53,8 +53,10 @@ PER_PROCESS_BYTES = 12 << 20
 """Additional memory of a worker that is a process: messages, and pages shared with other workers until it writes to them,
 such as the reference counts of objects. Such pages were 7 to 9.5 MiB, by method."""
 BEST_CHUNK_ELEMS = 4 * GRAIN
-"""Preferred chunk. Methods with passes get twice this chunk and twice the window: they do more work per chunk and read
-tensors again."""
+"""Preferred chunk. Methods with passes get twice the window, since they read tensors again."""
+WIDE_CHUNK_ELEMS = 2 * GRAIN
+"""The same of methods with passes that compute in float64: their few buffers then stay in a core's second cache. With
+chunks of 8 grains they took a third more CPU time."""
 BEST_OUT_BYTES = 8 << 20
 """Bytes that a worker collects before it writes, so that writes are few and large."""
 MOST_WINDOW_BYTES = 4 << 20
@@ -78,7 +80,7 @@ class Cost(NamedTuple):
     ``scratch`` bytes of their own regions, ``shared`` bytes of the region that they share, ``tiles`` tiles, and ``held``
     bytes outside the worker's buffers. To remember what they read several times they can use ``remembered`` bytes, and need
     ``passing`` bytes for each element of a chunk beside ``lag`` bytes. ``summed``: bytes for sums
-    by products, if tensors can be summed so.
+    by products, if tensors can be summed so. ``best``: the preferred chunk, 0 if any is as good.
     """
 
     compute: int
@@ -99,6 +101,7 @@ class Cost(NamedTuple):
     passing: int = 0
     lag: int = 0
     summed: int = 0
+    best: int = 0
 
     @property
     def element_bytes(self) -> int:
@@ -221,7 +224,7 @@ class _Sizes(NamedTuple):
 def _chunks(cost: Cost) -> Iterator[int]:
     """Yields the sizes of chunks from the preferred one down to the least."""
     least = max(GRAIN, cost.row)
-    chunk = max(BEST_CHUNK_ELEMS * (2 if cost.passes else 1), least)
+    chunk = max(cost.best or BEST_CHUNK_ELEMS, least)
     yield chunk
     while chunk > least:
         chunk = max(chunk // 2, least)
