@@ -11,6 +11,7 @@ Each module imports only modules above it::
     nonfinite  NaN and infinity in results, by input
     measuring  how far results lie from inputs
     announcing what workers read next
+    prefetching local inputs, asked of the system ahead of the workers
     tiles      weighted sums of several outputs, from numbers that are converted once
     summing    weighted sums of many models, as products
     plain      weighted sums by numpy

@@ -178,6 +178,15 @@ class Source(ABC):
         return tuple(blob for part in self.parts for blob in part.blobs)
 
     @property
+    def ranged(self) -> bool:
+        """Whether :meth:`blobs_of` tells where its elements are."""
+        return False
+
+    def blobs_of(self, start: int, stop: int) -> Iterator[Blob]:
+        """Yields the bytes that elements ``start`` to ``stop`` are read from. Nothing unless it is :attr:`ranged`."""
+        return iter(())
+
+    @property
     def held(self) -> bool:
         """Whether some of its numbers lie in the caller's memory, so that no later run can read them again."""
         return any(part.held for part in self.parts)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 from streammerge.errors import RecipeError, printable
-from streammerge.sources.base import COPY_BYTES, BlobPath, Needs, Reader, Room, Source, region_bytes
+from streammerge.sources.base import COPY_BYTES, Blob, BlobPath, Needs, Reader, Room, Source, region_bytes
 from streammerge.tensors.spec import TensorSpec
 
 _LONG_BYTES = 16 << 10
@@ -36,6 +36,25 @@ class Joined(Source):
     @property
     def parts(self) -> tuple[Source, ...]:
         return self.pieces
+
+    @property
+    def ranged(self) -> bool:
+        return all(piece.ranged for piece in self.pieces)
+
+    def blobs_of(self, start: int, stop: int) -> Iterator[Blob]:
+        widths = self.widths
+        row = sum(widths)
+        while start < stop:
+            first, begin = divmod(start, row)
+            count = max((stop - start) // row, 1) if not begin else 1  # whole rows at once, a part of a row alone
+            end = min(begin + stop - start, row)
+            low = 0
+            for piece, width in zip(self.pieces, widths, strict=True):
+                a, b = max(begin - low, 0), min(end - low, width)
+                if a < b:
+                    yield from piece.blobs_of(first * width + a, (first + count - 1) * width + b)
+                low += width
+            start = (first + count - 1) * row + end
 
     @property
     def widths(self) -> list[int]:

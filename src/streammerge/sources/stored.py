@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from streammerge.sources.base import Blob, BlobPath, Needs, Reader, Room, Source
@@ -29,6 +30,14 @@ class Stored(Source):
     @property
     def blobs(self) -> tuple[Blob, ...]:
         return (Blob(self.path, self.offset, self.spec.nbytes),)
+
+    @property
+    def ranged(self) -> bool:
+        return True
+
+    def blobs_of(self, start: int, stop: int) -> Iterator[Blob]:
+        size = self.spec.dtype.element_bytes
+        yield Blob(self.path, self.offset + start * size, (stop - start) * size)
 
     @property
     def begin(self) -> tuple[BlobPath, int]:
