@@ -46,6 +46,8 @@ BESIDE = (*_BESIDE, "metadata.json")
 """Files of other programs in such a folder, without which these do not read it."""
 _OWN_FILES = r"\.metadata|__\d+\.metadata|__\d+_\d+\.distcp|meta\.pt|common\.pt|metadata\.json"
 _MOST_HEAD_BYTES = 2048
+_AROUND_BYTES = 2048
+"""Before and after the begin of an item: the end of the one before it, which the receipt's digest has, and its head."""
 _LISTED_BYTES = 4000
 """Memory of one piece in the tree of ``.metadata``. 3900 were measured."""
 _MOST_OBJECT_BYTES = 1 << 20
@@ -79,12 +81,14 @@ class Metadata:
     """What ``.metadata`` tells. ``items``: (name, offsets) of a piece, or (name, None) of an object -> where it lies. It
     has no slots, since it is referred to weakly.
 
-    ``paths``: name -> the keys that lead to it in the state dict, where they are known."""
+    ``paths``: name -> the keys that lead to it in the state dict, where they are known. ``heads``: of archives that were
+    read, the bytes before the data, the length, and what was announced; the archives of the next step begin like them."""
 
     tensors: dict[str, Entry] = field(default_factory=dict)
     objects: list[str] = field(default_factory=list)
     items: dict[tuple[str, tuple[int, ...] | None], Item] = field(default_factory=dict)
     paths: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    heads: set[tuple[bytes, int, DType, tuple[int, ...]]] = field(default_factory=set, repr=False, compare=False)
 
 
 Place = tuple[Location, int, int]
@@ -134,7 +138,7 @@ def read_home(home: Home) -> Container:
 
 
 _KNOWN: WeakValueDictionary[Likeness, Metadata] = WeakValueDictionary()
-"""What is known of files that a container was made of, by their likeness. Nobody changes it."""
+"""What is known of files that a container was made of, by their likeness. Nobody changes it, but for its ``heads``."""
 
 
 def read_metadata(place: Place, where: str) -> Metadata:
@@ -321,9 +325,7 @@ class _Reading:
             optimizer = is_optimizer_item(name, metadata.paths.get(name, (name,)))
             (self.left if optimizer else self.weights)[name] = entry
         self.files = files
-        # the bytes before the data of an item, its length, and what it was announced to hold
-        self.heads = set[tuple[bytes, int, DType, tuple[int, ...]]]()
-        self.lengths = set[int]()
+        self.lengths = {len(before) for before, *_ in metadata.heads}
 
     def container(self) -> Container:
         if not self.weights:
@@ -382,6 +384,10 @@ class _Reading:
                     raise FormatError(f"{self._what(name)}: no file is named for its part at {list(box[0])}")
                 by_file[item.file].append((item, name, box, _known(entry, "")))
         places = self._places(by_file)
+        for file, wanted in by_file.items():
+            path, base, _ = places[file]
+            begins = (max(base + item.offset - _AROUND_BYTES, 0) for item, *_ in wanted)
+            path.store.will_need(path, [(begin, 2 * _AROUND_BYTES) for begin in begins])
         made: dict[tuple[str, tuple[int, ...]], Source] = {}
         for file, wanted in by_file.items():
             path, base, size = places[file]
@@ -437,7 +443,12 @@ class _Reading:
         stream.seek(item.offset)
         head = stream.read(min(item.nbytes, _MOST_HEAD_BYTES))
         for length in self.lengths:
-            if (head[:length], item.nbytes, spec.dtype, spec.shape) in self.heads:  # also a tensor's of another name
+            if (
+                head[:length],
+                item.nbytes,
+                spec.dtype,
+                spec.shape,
+            ) in self.metadata.heads:  # also a tensor's of another name
                 return Stored(spec, path, item.offset + length)
         container = torch_zip.read_stream(stream, path, (item.offset, item.nbytes), what)
         if not isinstance(container.tree, TensorRef):
@@ -445,7 +456,7 @@ class _Reading:
         source = piece_of_dtype(container.locate(spec.name, container.tree), spec.dtype, spec.shape, what)
         if source.__class__ is Stored and item.offset < source.begin[1] <= item.offset + _MOST_HEAD_BYTES:
             length = source.begin[1] - item.offset
-            self.heads.add((head[:length], item.nbytes, spec.dtype, spec.shape))
+            self.metadata.heads.add((head[:length], item.nbytes, spec.dtype, spec.shape))
             self.lengths.add(length)
         return source
 
