@@ -18,8 +18,9 @@ from streammerge.planning.tasks import Piece, PieceDone
 from streammerge.sources.base import Blob, BlobPath
 from streammerge.stores.inputs import InputFiles
 
-MOST_BYTES = 128 << 20
-"""The most that is in the system's cache ahead of the workers. With 64 MiB a disk of 1 GB/s was as busy."""
+MOST_BYTES = 256 << 20
+"""The most that is in the system's cache ahead of the workers. Less keeps a disk of 1 GB/s as busy as long as no other
+program takes the processor; 512 MiB are no better."""
 _WINDOW_BYTES = 2 << 20
 """Bytes of one input that are asked for before those of the next one. Workers read all inputs side by side."""
 _GAP_BYTES = 64 << 10

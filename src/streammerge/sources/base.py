@@ -46,6 +46,8 @@ class Needs:
     passes_bytes: int = 0
 
     def __add__(self, other: Needs) -> Needs:
+        if other is NO_NEEDS or self is NO_NEEDS:  # as of each of thousands of pieces
+            return self if other is NO_NEEDS else other
         return Needs(
             self.scratch_bytes + other.scratch_bytes,
             max(self.shared_bytes, other.shared_bytes),
@@ -54,6 +56,10 @@ class Needs:
             self.computes or other.computes,
             max(self.passes_bytes, other.passes_bytes),
         )
+
+
+NO_NEEDS = Needs()
+"""Of a source that is read where it lies."""
 
 
 def region_bytes(nbytes: int) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from streammerge.errors import RecipeError, printable
-from streammerge.sources.base import COPY_BYTES, Blob, BlobPath, Needs, Reader, Room, Source, region_bytes
+from streammerge.sources.base import COPY_BYTES, NO_NEEDS, Blob, BlobPath, Needs, Reader, Room, Source, region_bytes
 from streammerge.tensors.spec import TensorSpec
 
 _LONG_BYTES = 16 << 10
@@ -25,7 +25,7 @@ class Joined(Source):
     axis: int
 
     def needs(self) -> Needs:
-        needed = Needs(scratch_bytes=region_bytes(COPY_BYTES), computes=True) if self.interleaved else Needs()
+        needed = Needs(scratch_bytes=region_bytes(COPY_BYTES), computes=True) if self.interleaved else NO_NEEDS
         for piece in self.pieces:
             needed += piece.needs()
         return needed
@@ -64,8 +64,9 @@ class Joined(Source):
     @property
     def interleaved(self) -> bool:
         """Whether the pieces alternate in short ranges."""
-        short = min(self.widths) * self.spec.dtype.element_bytes < _LONG_BYTES
-        return short and math.prod(self.spec.shape[: self.axis]) > 1
+        if math.prod(self.spec.shape[: self.axis]) <= 1:
+            return False
+        return min(self.widths) * self.spec.dtype.element_bytes < _LONG_BYTES
 
 
 def joined(name: str, pieces: Sequence[Source], axis: int = 0) -> Source:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from streammerge.sources.base import Blob, BlobPath, Needs, Reader, Room, Source
+from streammerge.sources.base import NO_NEEDS, Blob, BlobPath, Needs, Reader, Room, Source
 from streammerge.tensors.spec import TensorSpec
 
 
@@ -18,7 +18,7 @@ class Stored(Source):
     offset: int
 
     def needs(self) -> Needs:
-        return Needs()
+        return NO_NEEDS
 
     def open(self, room: Room) -> Reader:
         return _Reader(self, room)
