@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,8 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 import streammerge as sm
 from formats.dcp_maker import sharded, write
-from streammerge.formats import dcp, dcp_alike, dcp_metadata
+from streammerge.formats import dcp, dcp_alike, dcp_items, dcp_metadata
+from streammerge.stores import system
 from streammerge.stores.locations import parse
 
 
@@ -56,6 +59,52 @@ def test_what_was_read_is_forgotten_with_its_container() -> None:
     assert len(dcp_metadata._KNOWN) == 1
     del container
     assert not dcp_metadata._KNOWN
+
+
+def test_archives_of_the_next_step_are_known_by_their_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (1, 2):
+        _step(f"step-{number}", number)
+    _step("step-3", 3, rows=11)
+    read, parsed = dcp_items.torch_zip.read_stream, list[str]()
+
+    def counted(stream: Any, path: Any, *more: Any) -> Any:
+        parsed.append(path.parent.name)
+        return read(stream, path, *more)
+
+    monkeypatch.setattr(dcp_items.torch_zip, "read_stream", counted)
+    kept = [dcp.read(parse(f"step-{number}")) for number in (1, 2, 3)]
+    assert {name: parsed.count(name) for name in parsed} == {"step-1": 2, "step-3": 2}  # of 4 and 3, or 4 and 4 rows
+    assert len(kept) == 3
+
+
+def test_an_archive_of_the_next_step_that_begins_in_another_way_is_read() -> None:
+    for number in (1, 2):
+        _step(f"step-{number}", number)
+    kept = dcp.read(parse("step-1"))
+    file = max(Path("step-2").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    data = file.read_bytes()
+    at = data.rindex(b"FloatStorage")
+    file.write_bytes(data[:at] + b"ShortStorage" + data[at + 12 :])
+    with pytest.raises(sm.FormatError, match=r"w\d+"):
+        dcp.read(parse("step-2"))
+    assert kept.tree
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system cannot be asked")
+def test_the_heads_of_all_archives_are_asked_for_before_one_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    _step("step-1", 1)
+    asked = list[tuple[int, int]]()
+    monkeypatch.setattr(system, "read_ahead", lambda fd, offset, nbytes: asked.append((offset, offset + nbytes)))
+    read = dcp_items.torch_zip.read_stream
+
+    def checked(stream: Any, path: Any, place: tuple[int, int], *more: Any) -> Any:
+        assert len(asked) == 400 * 3
+        assert any(begin <= place[0] < end for begin, end in asked)
+        return read(stream, path, place, *more)
+
+    monkeypatch.setattr(dcp_items.torch_zip, "read_stream", checked)
+    dcp.read(parse("step-1"))
+    assert len(asked) == 400 * 3
 
 
 def test_steps_of_a_run_are_merged_right() -> None:

@@ -34,7 +34,7 @@ def written(path: Path, values: list[object]) -> tuple[Location, list[Item]]:
 def test_items_like_one_before_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = [torch.randn(6, 5) for _ in range(3)] + [torch.randn(5, 6), torch.randn(6, 5).t().contiguous().t()]
     path, items = written(tmp_path / "__0_0.distcp", list(tensors))
-    heads, opened = Heads(), list[str]()
+    heads, opened = Heads(set()), list[str]()
     good = torch_zip.read_stream
 
     def read_stream(*arguments: object) -> object:
@@ -59,19 +59,19 @@ def test_where_the_bytes_lie_in_an_item(tmp_path: Path) -> None:
     tensor = torch.randn(6, 5)
     path, (item, odd) = written(tmp_path / "__0_0.distcp", [tensor, {"no": "tensor"}])
     entry = Entry(DType.F32, "float32", (12, 5), [((0, 0), (6, 5)), ((6, 0), (6, 5))])
-    found = Heads().within(path, (item.offset, item.nbytes), entry, (6, 0))
+    found = Heads(set()).within(path, (item.offset, item.nbytes), entry, (6, 0))
     assert found is not None
     with open(str(path), "rb") as file:
         file.seek(found[0])
         assert file.read(found[1]) == bytes(tensor.view(torch.uint8).numpy())
-    assert Heads().within(path, (item.offset, item.nbytes), entry, (3, 0)) is None, "no such piece"
-    assert Heads().within(path, (odd.offset, odd.nbytes), entry, (6, 0)) is None
+    assert Heads(set()).within(path, (item.offset, item.nbytes), entry, (3, 0)) is None, "no such piece"
+    assert Heads(set()).within(path, (odd.offset, odd.nbytes), entry, (6, 0)) is None
 
 
 def test_a_part_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
     path, (item,) = written(tmp_path / "__0_0.distcp", [[1, 2]])
     with path.stream() as stream, pytest.raises(sm.FormatError, match=r"what: its part in __0_0\.distcp is no tensor"):
-        Heads().piece(stream, path, item, TensorSpec("w", DType.F32, (2,)), "what")
+        Heads(set()).piece(stream, path, item, TensorSpec("w", DType.F32, (2,)), "what")
 
 
 def test_numbers_of_counters(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from streammerge.recipe.arguments import recipe_of
 from streammerge.recipe.model import Model, Recipe
 from streammerge.running.execution import execute
 from streammerge.running.session import RunOptions
-from streammerge.sources.base import Allocated, Source, read_whole
+from streammerge.sources.base import Allocated, Blob, Source, read_whole
 from streammerge.sources.stored import Stored
 from streammerge.sources.strided import Strided
 from streammerge.stores.base import Location
@@ -137,6 +137,29 @@ def merge_of(
     return run(planned(recipe, indexes, folder / out, **ways))
 
 
+class _Noting(Allocated):
+    """A room that notes what is read of files."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda location: location.open())
+        self.read: list[Blob] = []
+
+    def touched(self, path: Any, offset: int, nbytes: int) -> None:
+        self.read.append(Blob(path, offset, nbytes))
+
+
+def _places(blobs: list[Blob]) -> dict[Any, list[tuple[int, int]]]:
+    """Returns the ranges of each file, in order, neighbours joined."""
+    found: dict[Any, list[tuple[int, int]]] = {}
+    for path, offset, nbytes in sorted(blobs, key=lambda blob: (str(blob.path), blob.offset)):
+        ranges = found.setdefault(path, [])
+        if ranges and ranges[-1][1] == offset:
+            ranges[-1] = ranges[-1][0], offset + nbytes
+        else:
+            ranges.append((offset, offset + nbytes))
+    return found
+
+
 WAYS: tuple[dict[str, Any], ...] = (
     {},
     {"workers": 1},
@@ -186,6 +209,22 @@ class SourceSuite:
                 out = memoryview(bytearray((stop - start) * size))
                 made = reader.read(start, stop, out)
                 assert bytes(made) == data[start * size : stop * size], (str(case), start, stop)
+
+    def test_what_is_ranged_tells_the_bytes_that_are_read(self, tmp_path: Path) -> None:
+        chance = random.Random(0)
+        for case in self.made(tmp_path):
+            if not case.source.ranged or not case.expected.numel():
+                assert case.source.ranged or not [*case.source.blobs_of(0, case.expected.numel())]
+                continue
+            numel = case.expected.numel()
+            for start in (0, *(chance.randrange(numel) for _ in range(8))):
+                stop = chance.randint(start + 1, numel)
+                noting = _Noting()
+                out = memoryview(bytearray((stop - start) * case.expected.element_size()))
+                case.source.open(noting).read(start, stop, out)
+                told = [*case.source.blobs_of(start, stop)]
+                assert sum(blob.nbytes for blob in told) == len(out), (str(case), start, stop)
+                assert _places(told) == _places(noting.read), (str(case), start, stop)
 
     def test_it_is_plain_data(self, tmp_path: Path) -> None:
         """The source is frozen, equal after pickling, and names the blobs that it reads."""

@@ -44,6 +44,13 @@ def test_a_link_resolves_to_what_it_leads_to(tmp_path: Path) -> None:
     assert "which is absent" in parse(tmp_path / "nothing").broken_link()
 
 
+def test_what_cannot_be_asked_for_ahead_is_no_error(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("absent", "pipe", "."):
+        place = parse(tmp_path / name)
+        place.store.will_need(place, [(0, 100)])
+
+
 @pytest.mark.parametrize("name", ["\0", "x" * 5000, "a\udfff"])
 def test_a_name_that_no_system_has_is_absent(name: str) -> None:
     there = parse(name)

@@ -38,6 +38,8 @@ _BESIDE = ("meta.pt", "common.pt")
 BESIDE = (*_BESIDE, "metadata.json")
 """Files of other programs in such a folder, without which these do not read it."""
 _OWN_FILES = r"\.metadata|__\d+\.metadata|__\d+_\d+\.distcp|meta\.pt|common\.pt|metadata\.json"
+_AROUND_BYTES = 2048
+"""Before and after the begin of an item: the end of the one before it, which the receipt's digest has, and its head."""
 _LISTED_BYTES = 4000
 """Memory of one piece in the tree of ``.metadata``. 3900 were measured."""
 _MOST_OBJECT_BYTES = 1 << 20
@@ -109,7 +111,7 @@ class _Reading:
             optimizer = is_optimizer_item(name, metadata.paths.get(name, (name,)))
             (self.left if optimizer else self.weights)[name] = entry
         self.files = files
-        self.heads = Heads()
+        self.heads = Heads(metadata.heads)
 
     def container(self) -> Container:
         if not self.weights:
@@ -168,6 +170,10 @@ class _Reading:
                     raise FormatError(f"{self._what(name)}: no file is named for its part at {list(box[0])}")
                 by_file[item.file].append((item, name, box, _known(entry, "")))
         places = self._places(by_file)
+        for file, wanted in by_file.items():
+            path, base, _ = places[file]
+            begins = (max(base + item.offset - _AROUND_BYTES, 0) for item, *_ in wanted)
+            path.store.will_need(path, [(begin, 2 * _AROUND_BYTES) for begin in begins])
         made: dict[tuple[str, tuple[int, ...]], Source] = {}
         for file, wanted in by_file.items():
             path, base, size = places[file]

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 from streammerge.errors import FormatError, StreammergeError, printable
 from streammerge.formats import torch_zip
-from streammerge.formats.dcp_metadata import Entry, Item, Place
+from streammerge.formats.dcp_metadata import Entry, Head, Item, Place
 from streammerge.formats.pieces import piece_of_dtype
 from streammerge.pickles.tree import TensorRef, number
 from streammerge.sources.base import Allocated, Source, read_whole
@@ -22,12 +22,13 @@ _COUNTERS = (DType.I64, DType.I32)
 
 
 class Heads:
-    """Finds the bytes of tensors in the items of a folder. What is known of one spares the reading of those like it."""
+    """Finds the bytes of tensors in the items of a folder. What is known of one spares the reading of those like it.
 
-    def __init__(self) -> None:
-        self._heads = set[tuple[bytes, int, DType, tuple[int, ...]]]()
-        """The bytes before the data of an item, its length, and what it was announced to hold."""
-        self._lengths = set[int]()
+    ``heads``: what is known of others, to which it adds."""
+
+    def __init__(self, heads: set[Head]) -> None:
+        self._heads = heads
+        self._lengths = {len(before) for before, *_ in heads}
 
     def piece(self, stream: BinaryIO, path: Location, item: Item, spec: TensorSpec, what: str) -> Source:
         """Returns the source of an item that is an archive of torch.save.

@@ -26,6 +26,8 @@ _DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, Overflow
 
 Place = tuple[Location, int, int]
 """A file of the checkpoint: where its bytes are. A location, an offset in it, and the number of bytes."""
+Head = tuple[bytes, int, DType, tuple[int, ...]]
+"""The bytes before the data of an archive, its length, and the dtype and shape that it was announced to hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +55,18 @@ class Metadata:
     """What ``.metadata`` tells. ``items``: (name, offsets) of a piece, or (name, None) of an object -> where it lies. It
     has no slots, since it is referred to weakly.
 
-    ``paths``: name -> the keys that lead to it in the state dict, where they are known."""
+    ``paths``: name -> the keys that lead to it in the state dict, where they are known. ``heads``: of archives that were
+    read; the archives of the next step begin like them."""
 
     tensors: dict[str, Entry] = field(default_factory=dict)
     objects: list[str] = field(default_factory=list)
     items: dict[tuple[str, tuple[int, ...] | None], Item] = field(default_factory=dict)
     paths: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    heads: set[Head] = field(default_factory=set, repr=False, compare=False)
 
 
 _KNOWN: WeakValueDictionary[Likeness, Metadata] = WeakValueDictionary()
-"""What is known of files that a container was made of, by their likeness. Nobody changes it."""
+"""What is known of files that a container was made of, by their likeness. Nobody changes it, but for its ``heads``."""
 
 
 def read_metadata(place: Place, where: str) -> Metadata:

@@ -16,6 +16,7 @@ from streammerge.recipe.stage_names import stage_of
 from streammerge.stores.base import Location
 from streammerge.stores.locations import parse
 from streammerge.stores.locations import resolved as resolved_place
+from streammerge.stores.remembering import recalled
 
 _PLUS, _AT = "+", "@"
 _SEPARATOR = " + "
@@ -155,6 +156,10 @@ def parts_of(text: str) -> tuple[str, ...]:
 
 def resolved(text: str) -> tuple[tuple[Location, float], ...]:
     """Returns a key that is equal for two names of one model: the places without links, and the scales of adapters."""
+    return recalled(("resolved", text), lambda: _resolved(text))  # each of many models is compared with the others
+
+
+def _resolved(text: str) -> tuple[tuple[Location, float], ...]:
     found = split(text)
     if found is None:
         return ((resolved_place(text), 1.0),)

@@ -12,6 +12,7 @@ Each module imports only modules above it::
     sampling   which elements of a piece are measured
     measuring  how far results lie from inputs
     announcing what workers read next
+    prefetching local inputs, asked of the system ahead of the workers
     makers     what makes the bytes of a tensor, chunk by chunk
     copying    tensors whose bytes are copied
     computing  tensors by the kernel of their method

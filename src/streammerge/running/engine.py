@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from streammerge.running.masking import SharedMasks
 
 T = TypeVar("T")
+LEAST_AHEAD_BYTES = 256 << 20
+"""A run that reads less from local files is over before it matters that they are asked for ahead."""
 
 
 class SharedPasses(Protocol):
@@ -55,7 +57,9 @@ def run_all(
     A long tensor with passes that read merges, or are made below one, is one worker's (:attr:`MergeTask.of_one`).
     """
     ahead = inputs if job.budget.ahead_bytes and not executor.elsewhere else None
-    making = _Making(job, executor, tasks, wanted, ahead, shared)
+    # Many processes give a disk enough to do. Who is polite keeps no pages, and none before they are needed.
+    local = None if job.budget.ahead_bytes or executor.elsewhere or job.polite else inputs
+    making = _Making(job, executor, tasks, wanted, ahead, shared, local)
     of_one = where(tasks, lambda task: task.of_one)
     taken = set(of_one)
     long = [number for number in where(tasks, lambda task: task.spread) if number not in taken]
@@ -89,7 +93,8 @@ def run_long(
 
 
 class _Making:
-    """The ways to make the wanted pieces of some tasks. ``ahead``: remote inputs, fetched before they are read."""
+    """The ways to make the wanted pieces of some tasks. ``ahead``: remote inputs, fetched before they are read. ``local``:
+    inputs that the system is asked for before they are read."""
 
     def __init__(
         self,
@@ -99,14 +104,26 @@ class _Making:
         wanted: Callable[[Piece], bool],
         ahead: InputFiles | None,
         shared: SharedPasses | None,
+        local: InputFiles | None = None,
     ) -> None:
+        self.local = local
         self.job, self.executor, self.tasks, self.ahead, self.shared = job, executor, tasks, ahead, shared
         self.wanted = wanted
 
     def short(self, numbers: Iterable[int]) -> Generator[PieceDone, None, None]:
         """Makes tensors of which one worker makes each, neighbours together."""
         independent = (piece for number in numbers for piece in self._missing(number))
-        yield from self._results(MergeWork(self.job), batches(independent, self.job.budget.out_bytes))
+        units = batches(independent, self.job.budget.out_bytes)
+        much = sum(count * task.read_bytes for task, count in alike(self.tasks)) >= LEAST_AHEAD_BYTES
+        if self.local is None or not much or not self.local.stay_open:
+            yield from self._results(MergeWork(self.job), units)
+            return
+        from streammerge.running.prefetching import Prefetching  # here, because short merges are over before
+
+        with closing(Prefetching(self.local, self.executor.workers)) as ahead:
+            for done in self._results(MergeWork(self.job), ahead.units(units)):
+                ahead.made(done)
+                yield done
 
     def of_one(self, numbers: Sequence[int]) -> Generator[PieceDone, None, None]:
         """Makes long tensors of which one worker makes each, so that their passes are made once."""

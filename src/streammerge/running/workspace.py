@@ -257,6 +257,8 @@ class Inputs:
                     self._readers[number] = sources[number].open(room)
             room.prepare()
         self._remote = files.ahead_bytes > 0 and files.reads_ahead
+        self._passed = files.passed
+        self._ranged_bytes = sum([d.element_bytes for s, d in zip(sources, self._dtypes, strict=True) if s.ranged])
         self._wholes: list[torch.Tensor | None] | None = None
         self.first = 0
         self._next_read = self._begin = self._end = 0
@@ -297,6 +299,8 @@ class Inputs:
         start, stop = start + self.first, stop + self.first
         if not self._begin <= start <= stop <= self._end:
             self._announce(start, max(stop, min(start + self._workspace.announced_elems, self._elems)))
+        if self._passed is not None:
+            self._passed((stop - start) * self._ranged_bytes)
 
     def read(self, source: int, start: int, stop: int) -> torch.Tensor:
         """Returns elements ``start`` to ``stop`` of a source, in its own dtype. Valid until the next call but one."""

@@ -46,6 +46,8 @@ class Needs:
     passes_bytes: int = 0
 
     def __add__(self, other: Needs) -> Needs:
+        if other is NO_NEEDS or self is NO_NEEDS:  # as of each of thousands of pieces
+            return self if other is NO_NEEDS else other
         return Needs(
             self.scratch_bytes + other.scratch_bytes,
             max(self.shared_bytes, other.shared_bytes),
@@ -54,6 +56,10 @@ class Needs:
             self.computes or other.computes,
             max(self.passes_bytes, other.passes_bytes),
         )
+
+
+NO_NEEDS = Needs()
+"""Of a source that is read where it lies."""
 
 
 def region_bytes(nbytes: int) -> int:
@@ -176,6 +182,15 @@ class Source(ABC):
     def blobs(self) -> tuple[Blob, ...]:
         """All bytes that it reads from stores."""
         return tuple(blob for part in self.parts for blob in part.blobs)
+
+    @property
+    def ranged(self) -> bool:
+        """Whether :meth:`blobs_of` tells where its elements are."""
+        return False
+
+    def blobs_of(self, start: int, stop: int) -> Iterator[Blob]:
+        """Yields the bytes that elements ``start`` to ``stop`` are read from. Nothing unless it is :attr:`ranged`."""
+        return iter(())
 
     @property
     def held(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from streammerge.sources.base import Needs, Reader, Room, Source
+from streammerge.sources.base import NO_NEEDS, Needs, Reader, Room, Source
 from streammerge.tensors.spec import TensorSpec
 
 
@@ -16,7 +16,7 @@ class Constant(Source):
     element: bytes = b""
 
     def needs(self) -> Needs:
-        return Needs()
+        return NO_NEEDS
 
     def open(self, room: Room) -> Reader:
         return _Reader(self.element or bytes(self.spec.dtype.element_bytes))

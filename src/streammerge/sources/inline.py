@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass, replace
 
-from streammerge.sources.base import BlobPath, Needs, Reader, Room, Source
+from streammerge.sources.base import NO_NEEDS, BlobPath, Needs, Reader, Room, Source
 from streammerge.tensors.spec import TensorSpec
 
 
@@ -24,7 +24,7 @@ class Inline(Source):
     in_memory: bool = False
 
     def needs(self) -> Needs:
-        return Needs()
+        return NO_NEEDS
 
     def open(self, room: Room) -> Reader:
         return _Reader(self)

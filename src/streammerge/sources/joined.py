@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 from streammerge.errors import RecipeError, printable
-from streammerge.sources.base import COPY_BYTES, BlobPath, Needs, Reader, Room, Source, region_bytes
+from streammerge.sources.base import COPY_BYTES, NO_NEEDS, Blob, BlobPath, Needs, Reader, Room, Source, region_bytes
 from streammerge.tensors.spec import TensorSpec
 
 _LONG_BYTES = 16 << 10
@@ -25,7 +25,7 @@ class Joined(Source):
     axis: int
 
     def needs(self) -> Needs:
-        needed = Needs(scratch_bytes=region_bytes(COPY_BYTES), computes=True) if self.interleaved else Needs()
+        needed = Needs(scratch_bytes=region_bytes(COPY_BYTES), computes=True) if self.interleaved else NO_NEEDS
         for piece in self.pieces:
             needed += piece.needs()
         return needed
@@ -38,6 +38,25 @@ class Joined(Source):
         return self.pieces
 
     @property
+    def ranged(self) -> bool:
+        return all(piece.ranged for piece in self.pieces)
+
+    def blobs_of(self, start: int, stop: int) -> Iterator[Blob]:
+        widths = self.widths
+        row = sum(widths)
+        while start < stop:
+            first, begin = divmod(start, row)
+            count = max((stop - start) // row, 1) if not begin else 1  # whole rows at once, a part of a row alone
+            end = min(begin + stop - start, row)
+            low = 0
+            for piece, width in zip(self.pieces, widths, strict=True):
+                a, b = max(begin - low, 0), min(end - low, width)
+                if a < b:
+                    yield from piece.blobs_of(first * width + a, (first + count - 1) * width + b)
+                low += width
+            start = (first + count - 1) * row + end
+
+    @property
     def widths(self) -> list[int]:
         """Elements of each piece in one row. A row spans ``axis`` and all later axes."""
         return [math.prod(piece.spec.shape[self.axis :]) for piece in self.pieces]
@@ -45,8 +64,9 @@ class Joined(Source):
     @property
     def interleaved(self) -> bool:
         """Whether the pieces alternate in short ranges."""
-        short = min(self.widths) * self.spec.dtype.element_bytes < _LONG_BYTES
-        return short and math.prod(self.spec.shape[: self.axis]) > 1
+        if math.prod(self.spec.shape[: self.axis]) <= 1:
+            return False
+        return min(self.widths) * self.spec.dtype.element_bytes < _LONG_BYTES
 
 
 def joined(name: str, pieces: Sequence[Source], axis: int = 0) -> Source:

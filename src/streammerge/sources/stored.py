@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from streammerge.sources.base import Blob, BlobPath, Needs, Reader, Room, Source
+from streammerge.sources.base import NO_NEEDS, Blob, BlobPath, Needs, Reader, Room, Source
 from streammerge.tensors.spec import TensorSpec
 
 
@@ -17,7 +18,7 @@ class Stored(Source):
     offset: int
 
     def needs(self) -> Needs:
-        return Needs()
+        return NO_NEEDS
 
     def open(self, room: Room) -> Reader:
         return _Reader(self, room)
@@ -29,6 +30,14 @@ class Stored(Source):
     @property
     def blobs(self) -> tuple[Blob, ...]:
         return (Blob(self.path, self.offset, self.spec.nbytes),)
+
+    @property
+    def ranged(self) -> bool:
+        return True
+
+    def blobs_of(self, start: int, stop: int) -> Iterator[Blob]:
+        size = self.spec.dtype.element_bytes
+        yield Blob(self.path, self.offset + start * size, (stop - start) * size)
 
     @property
     def begin(self) -> tuple[BlobPath, int]:

@@ -243,6 +243,10 @@ class Input(ABC):
         """Says that the range is read next, so that a remote file can be fetched ahead."""
         return
 
+    def will_need(self, offset: int, nbytes: int) -> None:
+        """Asks the system to read the range into its cache, and does not wait for it. Does nothing where it cannot."""
+        return
+
     def alone(self, offset: int, nbytes: int) -> memoryview:
         """Returns the bytes of a short range near which nothing is read soon: of a remote file no more than these are asked
         for. ChangedError when the file ends before."""
@@ -624,6 +628,10 @@ class Store(ABC):
 
     def read_heads(self, locations: Iterable[Location]) -> None:
         """Says that the headers of these files are read next, so that a remote store can ask for all at once."""
+        return
+
+    def will_need(self, location: Location, ranges: Iterable[tuple[int, int]]) -> None:
+        """Says that these (offset, bytes) of a file are read next, so that a disk can read all at once."""
         return
 
     def check_expected(self, location: Location, expected: Status | None) -> None:

@@ -81,6 +81,8 @@ class InputFile(Input):
         self.location, self._polite = location, polite
         self._damaged: list[Damage] = [] if damaged is None else damaged
         self._map: mmap.mmap | None = None
+        self._step: int | None = None
+        """Bytes that the system reads ahead at once."""
         self._lock = threading.Lock()
         self.descriptor = Descriptor(functools.partial(_open_as, location, expected))
         with self.descriptor as fd:
@@ -121,6 +123,14 @@ class InputFile(Input):
         if self._polite:
             with self.descriptor as fd:
                 system.drop_cached(fd, start, stop - start)
+
+    def will_need(self, offset: int, nbytes: int) -> None:
+        with self.descriptor as fd:
+            if self._step is None:
+                self._step = system.most_ahead(os.fstat(fd).st_dev)
+            stop = min(offset + nbytes, self.size)
+            for start in range(offset, stop, self._step):
+                system.read_ahead(fd, start, min(self._step, stop - start))
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         with self.descriptor as fd:

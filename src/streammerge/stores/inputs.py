@@ -53,6 +53,8 @@ class InputFiles:
         self.ahead_bytes = ahead_bytes or LEAST_AHEAD_BYTES
         self._ahead: Ahead | None = None
         self._halt: Callable[[], object] = _never
+        self.passed: Callable[[int], object] | None = None
+        """Called with the bytes that a worker comes to next, where somebody asks for local files ahead of the workers."""
         self._files: OrderedDict[Location, Input] = OrderedDict()
         self._damaged: list[Damage] = []
         self._most = descriptors.limit()
@@ -77,6 +79,11 @@ class InputFiles:
             self._ahead = Ahead(self.ahead_bytes, self._streams)
             self._ahead.halt = self._halt
         return self._ahead
+
+    @property
+    def stay_open(self) -> bool:
+        """Whether there are so few that none is closed for another one."""
+        return len(self._expected) <= self._most
 
     @property
     def reads_ahead(self) -> bool:

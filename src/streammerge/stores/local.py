@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import BinaryIO
 
 from streammerge.errors import FormatError, RecipeError, printable
+from streammerge.stores import system
 from streammerge.stores.base import Damage, Input, Joint, Location, Output, Staging, Status, Store
 from streammerge.stores.files import InputFile, broken_link, file_status
 
@@ -84,6 +85,15 @@ class LocalStore(Store):
         self, location: Location, expected: Status | None = None, polite: bool = False, damaged: list[Damage] | None = None
     ) -> Input:
         return InputFile(location, expected, damaged, polite)
+
+    def will_need(self, location: Location, ranges: Iterable[tuple[int, int]]) -> None:
+        with contextlib.suppress(OSError):
+            fd = os.open(location.key, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe has no writer yet
+            try:
+                for offset, nbytes in ranges:
+                    system.read_ahead(fd, offset, nbytes)
+            finally:
+                os.close(fd)
 
     def stream(self, location: Location) -> BinaryIO:
         file_status(location.key)  # before it is opened: opening a pipe waits for a writer

@@ -14,6 +14,9 @@ UNSUPPORTED = frozenset(
     if hasattr(errno, name)
 )
 
+_LEAST_AHEAD_BYTES, _MOST_AHEAD_BYTES = 128 << 10, 2 << 20
+"""Of the first, Linux reads so much of any device. Of more than the second, one call would take long."""
+
 
 def boot_id() -> str:
     """Returns the kernel's identifier of this boot, "" if there is none."""
@@ -79,6 +82,21 @@ def drop_cached(fd: int, offset: int, nbytes: int) -> None:
     if hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError):
             os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+
+def read_ahead(fd: int, offset: int, nbytes: int) -> None:
+    """Asks the system to begin to read a range into the page cache. It reads no more at once than :func:`most_ahead`."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
+
+
+def most_ahead(device: int) -> int:
+    """Returns how many bytes of a device the system reads ahead at once. It leaves out the rest of a longer range."""
+    told = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
+    with contextlib.suppress(OSError, ValueError), open(told) as file:
+        return min(max(int(file.read()) << 10, _LEAST_AHEAD_BYTES), _MOST_AHEAD_BYTES)
+    return _LEAST_AHEAD_BYTES
 
 
 def umask() -> int:
