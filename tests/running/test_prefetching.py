@@ -175,6 +175,27 @@ def test_nothing_is_asked_for_after_a_failure_and_all_units_come() -> None:
     assert [str(blob.path) for blob in files.asked] == ["a"]
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_units_wait_in_a_bounded_number(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after a failure, and where it is not known what units read."""
+    monkeypatch.setattr(Stored, "ranged", property(lambda source: known))
+    files, seen = Files(broken="a"), list[int]()
+
+    def counted() -> Iterator[list[Piece]]:
+        for number, unit in enumerate(units(*[task(10, offset=40 * number) for number in range(500)], nbytes=40)):
+            seen.append(number)
+            yield unit
+
+    with closing(Prefetching(files, 1, MIB)) as ahead:  # type: ignore[arg-type]
+        for number, _ in enumerate(ahead.units(counted())):
+            assert len(seen) <= number + 40
+            if known:
+                ahead._thread.join(10)
+        assert len(seen) == number + 1 == 500
+        assert len(ahead._next) < 40
+    assert not files.asked
+
+
 def test_when_a_run_ends_early_nothing_more_is_asked_for() -> None:
     files = Files()
     ahead = Prefetching(files, 1, 2 * MIB)  # type: ignore[arg-type]

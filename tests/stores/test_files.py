@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import streammerge as sm
+from streammerge.stores import system
 from streammerge.stores.files import InputFile
 from streammerge.stores.locations import parse
 
@@ -25,3 +26,20 @@ def test_special_files_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.pth")
     with pytest.raises(sm.FormatError, match="not a regular file"):
         sm.inspect(tmp_path / "fifo.pth")
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_what_follows_a_released_range_stays_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mapped: bool
+) -> None:
+    """The system has read it ahead. To drop it read a run's inputs three times."""
+    mib, dropped = 1 << 20, list[tuple[int, int]]()
+    monkeypatch.setattr(system, "drop_cached", lambda fd, offset, nbytes: dropped.append((offset, offset + nbytes)))
+    (tmp_path / "x").write_bytes(bytes(16 * mib))
+    file = InputFile(parse(tmp_path / "x"), polite=True)
+    if mapped:
+        assert not any(file.view(0, 8 * mib))
+    for begin in (0, 4 * mib, 8 * mib, 12 * mib):
+        file.release(begin, 4 * mib)
+    assert [end for _, end in dropped] == [4 * mib, 8 * mib, 12 * mib, 16 * mib]
+    assert all(begin <= max(end - 4 * mib, 0) for begin, end in dropped)

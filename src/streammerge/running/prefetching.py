@@ -26,6 +26,9 @@ _WINDOW_BYTES = 2 << 20
 _GAP_BYTES = 64 << 10
 """Ranges with less between them are asked for as one."""
 
+_MOST_UNITS = 32
+"""No more of them wait, since not of all units it is known what they read."""
+
 
 class Prefetching:
     """Asks for the inputs of units that workers take, up to ``most_bytes`` ahead. Safe for threads.
@@ -60,9 +63,10 @@ class Prefetching:
             self._waiting.append((unit, nbytes))
             held += nbytes
             with self._changed:
-                self._next.append(unit)
-                self._changed.notify()
-            while held - self._waiting[0][1] >= self._most:
+                if nbytes and not self._closed:
+                    self._next.append(unit)
+                    self._changed.notify()
+            while held - self._waiting[0][1] >= self._most or len(self._waiting) > _MOST_UNITS:
                 held -= self._waiting[0][1]
                 yield self._take()
         while self._waiting:
@@ -102,6 +106,9 @@ class Prefetching:
         with contextlib.suppress(OSError, StreammergeError):
             for path, offset, nbytes in self._in_order():
                 self._inputs.get(path).will_need(offset, nbytes)
+        with self._changed:
+            self._closed = True
+            self._next.clear()
 
     def _in_order(self) -> Iterator[Blob]:
         """Yields what to ask for, window by window, of as many units side by side as there are workers. Waits for workers
@@ -152,7 +159,7 @@ def windows(unit: Iterable[Piece]) -> Iterator[Window]:
     window: list[tuple[Piece, int, int]] = []
     held = 0
     for piece in unit:
-        size = max([source.spec.dtype.component.element_bytes for source in piece.task.sources])
+        size = max([source.spec.dtype.component.element_bytes for source in piece.task.sources], default=1)
         start = piece.start
         while start < piece.stop:
             stop = min(start + max((_WINDOW_BYTES - held) // size, 1), piece.stop)

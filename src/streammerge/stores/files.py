@@ -121,8 +121,8 @@ class InputFile(Input):
         if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
         if self._polite:
-            with self.descriptor as fd:
-                system.drop_cached(fd, start, stop - start)
+            with self.descriptor as fd:  # not what comes after the range, which the system may have read ahead
+                system.drop_cached(fd, start, min(offset + nbytes, self.size) - start)
 
     def will_need(self, offset: int, nbytes: int) -> None:
         with self.descriptor as fd:
