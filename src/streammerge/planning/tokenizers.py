@@ -48,7 +48,7 @@ def differing_vocabularies(recipe: Recipe, indexes: Indexes) -> list[str]:
 
 
 def _number_otherwise(one: Location, two: Location) -> bool:
-    """Whether the files beside two models give a token two numbers, or a number two tokens. Not where they say nothing."""
+    """Whether the files beside two models give a token two numbers, or a number two tokens. False if they do not tell."""
     differ = False
     if one.is_folder() and two.is_folder():
         ours, theirs = vocabulary_of(one), vocabulary_of(two)
