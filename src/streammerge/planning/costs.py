@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 
 from streammerge.errors import BudgetError
 from streammerge.kernels.ranking import held_bytes
+from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.registry import COPY
-from streammerge.planning.budget import BEST_CHUNK_ELEMS, WIDE_CHUNK_ELEMS, Budget, Cost, Load, fit
+from streammerge.planning.budget import BEST_CHUNK_ELEMS, DRAWN_CHUNK_ELEMS, WIDE_CHUNK_ELEMS, Budget, Cost, Load, fit
 from streammerge.planning.summed import is_summed, summed_bytes
 from streammerge.planning.tasks import MergeTask, Tasks, alike, copy_of_turned, objects, turned_task
 from streammerge.sources.base import Needs, Source
@@ -180,9 +181,16 @@ def _task_cost(task: MergeTask, dtypes: list[DType], io: str) -> Cost:
     passes = rows_bytes + held_bytes(task.elems if alone else min(task.elems, task.piece_elems), searches)
     passes += method.whole_bytes(task.shape, models - task.based, task.parameters, task.turned)
     spread = rows_bytes + held_bytes(task.elems, searches) if task.spread and not alone else 0
-    best = WIDE_CHUNK_ELEMS if method.passes and method.compute == "float64" else BEST_CHUNK_ELEMS
-    own = Cost(compute, buffers, out, read, inputs, mapped, task.row, method.passes, passes, spread, best=best)
+    own = Cost(compute, buffers, out, read, inputs, mapped, task.row, method.passes, passes, spread)
+    own = own._replace(best=_best_chunk(method))
     return own._replace(summed=summed_bytes(models, widest)) if is_summed(task) else own
+
+
+def _best_chunk(method: MergeMethod) -> int:
+    """Returns the preferred chunk of a method."""
+    if not method.passes or method.searches:
+        return BEST_CHUNK_ELEMS
+    return WIDE_CHUNK_ELEMS if method.compute == "float64" else DRAWN_CHUNK_ELEMS
 
 
 def _nested_cost(task: MergeTask, io: str) -> Cost:
