@@ -82,11 +82,11 @@ def _shapes(elems: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _write(folders: list[Path], megabytes: int, dtype: str) -> None:
-    import torch.multiprocessing
+    from torch.multiprocessing.spawn import spawn
 
     folders[0].parent.mkdir(parents=True, exist_ok=True)
     _meeting(folders).unlink(missing_ok=True)
-    torch.multiprocessing.spawn(_rank, (folders, megabytes, dtype), nprocs=_RANKS)
+    spawn(_rank, (folders, megabytes, dtype), nprocs=_RANKS)  # type: ignore[no-untyped-call]
 
 
 def _meeting(folders: list[Path]) -> Path:
@@ -96,12 +96,13 @@ def _meeting(folders: list[Path]) -> Path:
 
 def _rank(rank: int, folders: list[Path], megabytes: int, dtype: str) -> None:
     """Writes the part of one rank of all steps, which are one model with small changes."""
-    import torch.distributed.checkpoint
+    import torch.distributed
+    from torch.distributed.checkpoint.state_dict_saver import save
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard
 
     torch.set_num_threads(1)
-    store = torch.distributed.FileStore(str(_meeting(folders)), _RANKS)
+    store = torch.distributed.FileStore(str(_meeting(folders)), _RANKS)  # type: ignore[attr-defined]
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=_RANKS)
     mesh, kind = init_device_mesh("cpu", (_RANKS,)), getattr(torch, dtype)
     shapes = dict(_shapes(megabytes * 1_000_000 // kind.itemsize))
@@ -114,7 +115,7 @@ def _rank(rank: int, folders: list[Path], megabytes: int, dtype: str) -> None:
             shape = torch.Size(shapes[name])
             strides = (shape[-1], 1)[-len(shape) :]
             tensors[name] = DTensor.from_local(part.to(kind), mesh, [Shard(0)], shape=shape, stride=strides)
-        torch.distributed.checkpoint.save({"model": tensors}, checkpoint_id=str(folder))
+        save({"model": tensors}, checkpoint_id=str(folder))
     torch.distributed.destroy_process_group()
 
 
