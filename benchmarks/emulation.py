@@ -14,7 +14,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,23 +83,34 @@ def shrink() -> None:
 def emulate(nanoseconds: float) -> None:
     """Shrinks the engine. Each chunk then waits ``nanoseconds`` for each element that it stands for."""
     shrink()
-    from streammerge.running import worker
     from streammerge.running.executors import processes, server
 
     ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)  # inherited by threads and forked workers
-    seconds, late, chunks = nanoseconds * SCALE / 1e9, _lateness(), worker.Worker.chunks
+    seconds, late = nanoseconds * SCALE / 1e9, _lateness()
 
-    def waiting(self: worker.Worker, *arguments: Any, **options: Any) -> Iterator[Any]:
-        for each in chunks(self, *arguments, **options):
-            wait = seconds * each.elems - late
-            if wait > 0:
-                time.sleep(wait)
-            yield each
+    def waiting(chunk: Any) -> None:
+        wait = seconds * chunk.elems - late
+        if wait > 0:
+            time.sleep(wait)
 
     if nanoseconds:
-        worker.Worker.chunks = waiting  # type: ignore[method-assign]
+        _tell_of_chunks(waiting)
     code = server.CODE.replace("from streammerge", _CODE.format(nanoseconds=nanoseconds), 1)
     processes.CODE = code  # type: ignore[attr-defined]
+
+
+def _tell_of_chunks(listener: Callable[[Any], None]) -> None:
+    """Lets workers call ``listener`` with each chunk before they compute it."""
+    from streammerge.running import computing, worker
+
+    whole = computing.chunk_of
+
+    def chunk_of(*given: Any, **how: Any) -> Any:
+        made = whole(*given, **how)
+        listener(made)
+        return made
+
+    computing.chunk_of = worker.chunk_of = chunk_of  # type: ignore[attr-defined]
 
 
 def _lateness() -> float:
@@ -116,7 +127,7 @@ class Timed:
     """Merges the same files again and again, and times the part that workers do."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        from streammerge.running import execution, worker
+        from streammerge.running import execution
 
         self.arguments, self.scale = arguments, 1 if arguments.whole else SCALE
         files = (made(arguments.files, arguments.shape, arguments.gigabytes, self.scale, number) for number in range(3))
@@ -125,8 +136,7 @@ class Timed:
         self._execute, self._times = execution._produce, (0.0, 0.0)
         execution._produce = self._timed  # type: ignore[assignment]
         if arguments.nanoseconds == 0:
-            self._of_worker = worker.Worker.chunks
-            worker.Worker.chunks = lambda *given, **how: self._counted(*given, **how)  # type: ignore[method-assign]
+            _tell_of_chunks(self._count)
 
     def run(self, workers: int, executor: Any) -> dict[str, Any]:
         """Returns the seconds and the CPU seconds of a merge, the number of chunks, and the number of their elements."""
@@ -147,11 +157,9 @@ class Timed:
         finally:
             self._times = time.perf_counter() - begin, time.process_time() - cpu
 
-    def _counted(self, *given: Any, **how: Any) -> Iterator[Any]:
-        for each in self._of_worker(*given, **how):
-            self.chunks += 1
-            self.elems += each.elems * self.scale
-            yield each
+    def _count(self, chunk: Any) -> None:
+        self.chunks += 1
+        self.elems += chunk.elems * self.scale
 
 
 def main() -> int:

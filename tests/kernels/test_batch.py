@@ -14,7 +14,7 @@ import streammerge as sm
 from streammerge.kernels.batch import Batch
 from streammerge.kernels.group import TensorGroup
 from streammerge.methods.registry import list_methods
-from streammerge.running import worker
+from streammerge.running import computing, worker
 
 METHODS: list[tuple[str, dict[str, Any]]] = [
     ("ties", {"density": [0.5, 0.01, 1.0]}),
@@ -98,7 +98,7 @@ def test_a_batch_changes_no_byte(
         )
         return out.read_bytes(), result.warnings
 
-    monkeypatch.setattr(worker, "Batch", counted)
+    monkeypatch.setattr(computing, "Batch", counted)
     together = bytes_of("together.safetensors")
     assert max(sizes) == 3
     sizes.clear()

@@ -61,8 +61,10 @@ def test_long_names_of_two_outputs_are_two_hidden_folders(tmp_path: Path) -> Non
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
 def test_a_place_where_no_folder_can_be_made_is_told(tmp_path: Path) -> None:
     save_file(trained(1), tmp_path / "in.safetensors")
-    with pytest.raises(sm.RecipeError, match=r"cannot write beside /proc/x\.safetensors: No such file"):
-        sm.merge([tmp_path / "in.safetensors"], "/proc/x.safetensors")
+    with pytest.raises(
+        sm.RecipeError, match=r"cannot write beside /sys/x\.safetensors: (Operation|No such|Perm|Read-only)"
+    ):
+        sm.merge([tmp_path / "in.safetensors"], "/sys/x.safetensors")
 
 
 def test_a_folder_that_vanishes_each_time_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,8 +57,9 @@ BEST_CHUNK_ELEMS = 4 * GRAIN
 WIDE_CHUNK_ELEMS = 2 * GRAIN
 """The same of methods with passes that compute in float64: their few buffers then stay in a core's second cache. With
 chunks of 8 grains they took a third more CPU time."""
-DRAWN_CHUNK_ELEMS = 8 * GRAIN
-"""The same of other methods with passes that search nothing. Most draw masks, which takes many calls for each chunk."""
+LONG_CHUNK_ELEMS = 8 * GRAIN
+"""The same of methods that draw masks, which takes many calls for each chunk, and of those that decompose a whole tensor,
+whose sums are products of rows."""
 BEST_OUT_BYTES = 8 << 20
 """Bytes that a worker collects before it writes, so that writes are few and large."""
 MOST_WINDOW_BYTES = 4 << 20
