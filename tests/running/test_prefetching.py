@@ -214,6 +214,7 @@ def test_when_a_run_ends_early_nothing_more_is_asked_for() -> None:
 @pytest.fixture
 def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     monkeypatch.setattr(engine, "LEAST_AHEAD_BYTES", 1)
+    monkeypatch.setattr(InputFile, "is_cached", lambda *given: False)  # new files are
     paths = [tmp_path / f"{number}.safetensors" for number in range(2)]
     for number, path in enumerate(paths):
         make = torch.Generator().manual_seed(number)
@@ -257,6 +258,25 @@ def test_who_is_polite_and_processes_ask_for_nothing(
 ) -> None:
     sm.merge(pair, tmp_path / "out.safetensors", **options)
     assert not advised
+
+
+@linux
+def test_a_merge_whose_inputs_are_in_the_cache_asks_for_nothing(
+    pair: list[Path], advised: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked, places = set[tuple[str, int]](), 2 * 3 * 4  # of both inputs each of three tensors at four places
+
+    def cached(self: InputFile, offset: int) -> bool:
+        looked.add((self.location.name, offset))
+        return len(looked) < most
+
+    monkeypatch.setattr(InputFile, "is_cached", cached)
+    for most in (places, places + 1):
+        looked.clear()
+        advised.clear()
+        sm.merge(pair, tmp_path / "out.safetensors", executor="threads", overwrite=True)
+        assert len(looked) == places
+        assert bool(advised) is (most == places), "what one place lacks"
 
 
 @linux

@@ -11,6 +11,7 @@ import streammerge as sm
 from streammerge.stores import system
 from streammerge.stores.files import InputFile
 from streammerge.stores.locations import parse
+from test_memory import cached_share
 
 
 def test_short_reads_are_noticed(tmp_path: Path) -> None:
@@ -43,3 +44,18 @@ def test_what_follows_a_released_range_stays_in_the_cache(
         file.release(begin, 4 * mib)
     assert [end for _, end in dropped] == [4 * mib, 8 * mib, 12 * mib, 16 * mib]
     assert all(begin <= max(end - 4 * mib, 0) for begin, end in dropped)
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the system does not tell")
+def test_whether_a_byte_is_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x").write_bytes(bytes(1 << 20))
+    file = InputFile(parse(tmp_path / "x"))
+    assert file.is_cached(0)
+    assert file.is_cached((1 << 20) - 1)
+    with open(tmp_path / "x", "rb") as opened:
+        os.fsync(opened.fileno())  # what is not written cannot be dropped
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if cached_share(tmp_path / "x") == 0:  # a file system in memory drops nothing
+        assert not file.is_cached(0)
+    monkeypatch.delattr(os, "RWF_NOWAIT")
+    assert not file.is_cached(0)

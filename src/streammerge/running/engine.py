@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from streammerge.running.masking import SharedMasks
 
 T = TypeVar("T")
+_SAMPLED_TASKS, _SAMPLED_PLACES = 16, 4
 LEAST_AHEAD_BYTES = 256 << 20
 """A run that reads less from local files is over before it matters that they are asked for ahead."""
 
@@ -115,7 +116,7 @@ class _Making:
         independent = (piece for number in numbers for piece in self._missing(number))
         units = batches(independent, self.job.budget.out_bytes)
         much = sum(count * task.read_bytes for task, count in alike(self.tasks)) >= LEAST_AHEAD_BYTES
-        if self.local is None or not much or not self.local.stay_open:
+        if self.local is None or not much or not self.local.stay_open or self._are_cached(self.local):
             yield from self._results(MergeWork(self.job), units)
             return
         from streammerge.running.prefetching import Prefetching  # here, because short merges are over before
@@ -124,6 +125,16 @@ class _Making:
             for done in self._results(MergeWork(self.job), ahead.units(units)):
                 ahead.made(done)
                 yield done
+
+    def _are_cached(self, inputs: InputFiles) -> bool:
+        """Whether the system has the inputs in its cache already, by a sample of places."""
+        for number in range(0, len(self.tasks), len(self.tasks) // _SAMPLED_TASKS + 1):
+            task = self.tasks[number]
+            for place in range(0, task.elems, task.elems // _SAMPLED_PLACES + 1):
+                for source in task.sources:
+                    if not all(inputs.get(blob.path).is_cached(blob.offset) for blob in source.blobs_of(place, place + 1)):
+                        return False
+        return True
 
     def of_one(self, numbers: Sequence[int]) -> Generator[PieceDone, None, None]:
         """Makes long tensors of which one worker makes each, so that their passes are made once."""

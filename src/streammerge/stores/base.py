@@ -243,6 +243,10 @@ class Input(ABC):
         """Says that the range is read next, so that a remote file can be fetched ahead."""
         return
 
+    def is_cached(self, offset: int) -> bool:
+        """Whether the system has this byte in its cache. False if that is not known."""
+        return False
+
     def will_need(self, offset: int, nbytes: int) -> None:
         """Asks the system to read the range into its cache, and does not wait for it. Does nothing where it cannot."""
         return

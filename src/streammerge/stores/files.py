@@ -124,6 +124,10 @@ class InputFile(Input):
             with self.descriptor as fd:  # not what comes after the range, which the system may have read ahead
                 system.drop_cached(fd, start, min(offset + nbytes, self.size) - start)
 
+    def is_cached(self, offset: int) -> bool:
+        with self.descriptor as fd:
+            return system.is_cached(fd, offset)
+
     def will_need(self, offset: int, nbytes: int) -> None:
         with self.descriptor as fd:
             if self._step is None:

@@ -91,6 +91,17 @@ def read_ahead(fd: int, offset: int, nbytes: int) -> None:
             os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
 
+def is_cached(fd: int, offset: int) -> bool:
+    """Whether a byte is in the page cache. False where the system does not tell."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return False
+    try:
+        os.preadv(fd, [bytearray(1)], offset, os.RWF_NOWAIT)
+    except OSError:
+        return False
+    return True
+
+
 def most_ahead(device: int) -> int:
     """Returns how many bytes of a device the system reads ahead at once. It leaves out the rest of a longer range."""
     told = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
