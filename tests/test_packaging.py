@@ -84,7 +84,7 @@ def interpreters() -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("python", interpreters() or [None], ids=lambda path: path and Path(path).name)
 def test_the_wheel_runs_without_torch(wheel: Path, tmp_path: Path, python: str | None) -> None:
-    """Installs everything declared but torch, which is large: inspecting, planning, converting and short means need none."""
+    """Installs everything declared but torch, which is large: inspecting, planning, converting, short means do without."""
     if python is None:
         pytest.skip("no other supported Python is installed")
     subprocess.run([python, "-m", "venv", tmp_path / "venv"], env=CLEAN, check=True)
