@@ -92,3 +92,32 @@ def test_policies_hold_for_other_models_as_for_any_tensor(tmp_path: Path) -> Non
     plain = {"encoder.w": torch.ones(2, 3)}
     sm.merge(two(tmp_path, plain | EXTRA, plain), tmp_path / "out.safetensors", on_missing="drop")
     assert_same(load_safetensors(tmp_path / "out.safetensors"), plain)
+
+
+POSTERIOR = {"enc_q.pre.weight": torch.full((4, 4, 1), 7.0), "enc_q.enc.cond_layer.bias": torch.full((4,), 8.0)}
+
+
+def voice(*own: str) -> dict[str, torch.Tensor]:
+    return {name: torch.full((3,), 2.0) for name in (*own, "flow.flows.0.pre.weight", "dec.conv_pre.bias")}
+
+
+@pytest.mark.parametrize(
+    "own", [["enc_p.emb_phone.weight"], ["enc_p.ssl_proj.weight"], ["enc_p.proj.weight", "emb_uv.weight"]]
+)
+@pytest.mark.parametrize("trained_first", [True, False])
+def test_a_trained_and_an_exported_voice(tmp_path: Path, own: list[str], trained_first: bool) -> None:
+    """RVC, GPT-SoVITS and so-vits-svc leave the posterior encoder out of the models that they export."""
+    trained, exported = voice(*own) | POSTERIOR, {name: tensor * 2 for name, tensor in voice(*own).items()}
+    sides = [trained, exported] if trained_first else [exported, trained]
+    result = sm.merge(two(tmp_path, *sides), tmp_path / "out.safetensors")
+    mean = {name: tensor * 1.5 for name, tensor in voice(*own).items()}
+    assert_same(load_safetensors(tmp_path / "out.safetensors"), mean | (POSTERIOR if trained_first else {}))
+    said = [note for note in result.notes if "enc_q" in note and "ignores" in note]
+    assert len(said) == trained_first
+
+
+def test_another_model_may_not_lack_a_module_of_that_name(tmp_path: Path) -> None:
+    """VITS itself converts voices with its posterior encoder."""
+    plain = voice("enc_p.emb.weight")
+    with pytest.raises(sm.MismatchError, match="enc_q"):
+        sm.merge(two(tmp_path, plain | POSTERIOR, plain), tmp_path / "out.safetensors")

@@ -58,16 +58,6 @@ def test_buffers_that_loaders_compute(holder: str, policy: str) -> None:
     assert not result.warnings
 
 
-@pytest.mark.parametrize("order", [("trained", "exported"), ("exported", "trained")])
-def test_a_trained_and_an_exported_voice(order: tuple[str, str]) -> None:
-    """RVC and GPT-SoVITS leave the posterior encoder out of the models that they export."""
-    encoder = {"enc_q.pre.weight": draw(7, 4, 4, 1), "enc_q.enc.cond_layer.bias": draw(8, 4)}
-    saved(trained=model(1) | encoder, exported=model(2))
-    made, _ = merged(*order)
-    assert made.keys() == (model(1) | (encoder if order[0] == "trained" else {})).keys()
-    assert all(torch.equal(made[name], mean(model(1)[name], model(2)[name])) for name in model(1))
-
-
 @pytest.mark.parametrize("order", [("full", "pruned"), ("pruned", "full")])
 def test_a_full_and_a_pruned_diffusion_model(order: tuple[str, str]) -> None:
     """Tools that prune a model leave out the schedule, and its loaders compute it."""

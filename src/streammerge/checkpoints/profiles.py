@@ -17,15 +17,15 @@ from streammerge.tensors.names import bare
 class Profile:
     """A program and its checkpoints.
 
-    ``config_model``: the value of ``config["model"]`` in a file of its trainer. ``names``: alternative sets of prefixes; a
-    checkpoint matches a set if it has tensor names with each of its prefixes. ``ignored``: prefixes of the tensors that the
-    loader drops, without wrapper parts such as ``module.``.
+    ``names``: alternative sets of prefixes; a checkpoint matches a set if it has tensor names with each of its prefixes.
+    ``ignored``: prefixes of the tensors that the loader drops, without wrapper parts such as ``module.``.
+    ``config_model``: the value of ``config["model"]`` in a file of its trainer, "" if it writes none.
     """
 
     name: str
-    config_model: str
     names: tuple[tuple[str, ...], ...]
     ignored: tuple[str, ...]
+    config_model: str = ""
 
     def ignores(self, name: str) -> bool:
         """Whether the program's loader drops the tensor of this name."""
@@ -35,9 +35,14 @@ class Profile:
 PROFILES = (
     Profile(
         "XTTS",
-        config_model="xtts",
         names=(("xtts.gpt.",), ("gpt.", "hifigan_decoder.")),  # written by Coqui's trainer; as released
         ignored=("dvae.", "torch_mel_spectrogram_style_encoder.", "torch_mel_spectrogram_dvae."),
+        config_model="xtts",
+    ),
+    Profile(
+        "RVC, GPT-SoVITS or so-vits-svc",
+        names=(("enc_p.emb_phone.", "flow."), ("enc_p.ssl_proj.", "flow."), ("enc_p.", "emb_uv.", "flow.")),
+        ignored=("enc_q.",),  # the posterior encoder, which only training uses; what they export has none
     ),
 )
 
@@ -47,7 +52,9 @@ def profile_of(index: CheckpointIndex) -> Profile | None:
     config = index.extras.get("config") if isinstance(index.extras, dict) else None
     model = config.get("model") if isinstance(config, dict) else None
     for profile in PROFILES:
-        if model == profile.config_model or any(_has(index.entries, prefixes) for prefixes in profile.names):
+        if (profile.config_model and model == profile.config_model) or any(
+            _has(index.entries, prefixes) for prefixes in profile.names
+        ):
             return profile
     return None
 

@@ -34,7 +34,6 @@ _ROTARY = "rotary frequencies, which a model computes from its configuration"
 _MASK = "a causal mask, which a model makes itself"
 _SPECTROGRAM = "filters and windows of a spectrogram, which a model computes from its configuration"
 _SCHEDULE = "the noise schedule, which a diffusion model computes from its configuration"
-_POSTERIOR = "the posterior encoder of VITS, which only training uses (RVC, GPT-SoVITS)"
 _INDEX = "the numbers 0, 1, 2 and so on, which a model makes itself"
 
 IGNORED: tuple[tuple[str, str, str], ...] = (
@@ -50,7 +49,6 @@ IGNORED: tuple[tuple[str, str, str], ...] = (
     (r"^loss\.(logvar|discriminator\.|perceptual_loss\.)", "", "the loss that an autoencoder is trained with"),
     (r"(^|\.)(position_ids|token_type_ids)$", "", _INDEX),
     (r"(^|\.)relative_position_index$", "", _INDEX),
-    (r"(^|\.)enc_q\.", "", _POSTERIOR),
     (r"(^|\.)(mel_scale\.fb|spectrogram\.window)$", "", _SPECTROGRAM),
     (r"(^|\.)(attn|attention|self_attn)\.(bias|causal_mask|mask)$", "square mask", _MASK),
     (r"(^|\.)(attn|attention|self_attn)\.masked_bias$", "", "the number that a causal mask puts in"),
