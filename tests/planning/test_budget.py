@@ -110,9 +110,9 @@ class TestBudget:
         assert (two.chunk_elems, two.window_bytes) == (one.chunk_elems, 2 * one.window_bytes)
 
     def test_the_preferred_chunk_is_the_largest_of_all_tasks(self) -> None:
-        wide = budget.Cost(8, 4, 2, 0, 2, 2, best=budget.WIDE_CHUNK_ELEMS)
+        wide = budget.Cost(8, 4, 2, 0, 2, 2, best=budget.FLOAT64_CHUNK_ELEMS)
         plain = budget.Cost(4, 2, 2, 0, 2, 2, best=budget.BEST_CHUNK_ELEMS)
-        for cost, elems in ((wide, budget.WIDE_CHUNK_ELEMS), (wide.most(plain), budget.BEST_CHUNK_ELEMS)):
+        for cost, elems in ((wide, budget.FLOAT64_CHUNK_ELEMS), (wide.most(plain), budget.BEST_CHUNK_ELEMS)):
             assert budget.fit(1 << 40, workers=1, cost=cost, load=Load()).chunk_elems == elems
 
     def test_more_workers_than_fit_cost_no_time(self) -> None:

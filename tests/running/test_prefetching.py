@@ -213,7 +213,7 @@ def test_when_a_run_ends_early_nothing_more_is_asked_for() -> None:
 
 @pytest.fixture
 def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    monkeypatch.setattr(engine, "LEAST_AHEAD_BYTES", 1)
+    monkeypatch.setattr(engine, "LEAST_PREFETCHED_BYTES", 1)
     monkeypatch.setattr(InputFile, "is_cached", lambda *given: False)  # new files are
     paths = [tmp_path / f"{number}.safetensors" for number in range(2)]
     for number, path in enumerate(paths):
@@ -283,9 +283,9 @@ def test_a_merge_whose_inputs_are_in_the_cache_asks_for_nothing(
 def test_short_merges_and_more_files_than_stay_open_ask_for_nothing(
     pair: list[Path], advised: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "LEAST_AHEAD_BYTES", 2 * 4 * (7 + 300_000 + 1_000_001) + 1)
+    monkeypatch.setattr(engine, "LEAST_PREFETCHED_BYTES", 2 * 4 * (7 + 300_000 + 1_000_001) + 1)
     sm.merge(pair, tmp_path / "out.safetensors", executor="threads")
-    monkeypatch.setattr(engine, "LEAST_AHEAD_BYTES", 1)
+    monkeypatch.setattr(engine, "LEAST_PREFETCHED_BYTES", 1)
     monkeypatch.setattr(descriptors, "limit", lambda: 1)
     sm.merge(pair, tmp_path / "out.safetensors", executor="threads", overwrite=True)
     assert not advised

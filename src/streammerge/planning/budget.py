@@ -54,7 +54,7 @@ PER_PROCESS_BYTES = 12 << 20
 such as the reference counts of objects. Such pages were 7 to 9.5 MiB, by method."""
 BEST_CHUNK_ELEMS = 4 * GRAIN
 """Preferred chunk. Methods with passes get twice the window, since they read tensors again."""
-WIDE_CHUNK_ELEMS = 2 * GRAIN
+FLOAT64_CHUNK_ELEMS = 2 * GRAIN
 """The same of methods with passes that compute in float64: their few buffers then stay in a core's second cache. With
 chunks of 8 grains they took a third more CPU time."""
 LONG_CHUNK_ELEMS = 8 * GRAIN

@@ -8,7 +8,7 @@ from streammerge.errors import BudgetError
 from streammerge.kernels.ranking import held_bytes
 from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.registry import COPY
-from streammerge.planning.budget import BEST_CHUNK_ELEMS, LONG_CHUNK_ELEMS, WIDE_CHUNK_ELEMS, Budget, Cost, Load, fit
+from streammerge.planning.budget import BEST_CHUNK_ELEMS, FLOAT64_CHUNK_ELEMS, LONG_CHUNK_ELEMS, Budget, Cost, Load, fit
 from streammerge.planning.summed import is_summed, summed_bytes
 from streammerge.planning.tasks import MergeTask, Tasks, alike, copy_of_turned, objects, turned_task
 from streammerge.sources.base import Needs, Source
@@ -190,7 +190,7 @@ def _best_chunk(method: MergeMethod) -> int:
     """Returns the preferred chunk of a method."""
     if not method.passes or method.searches:
         return BEST_CHUNK_ELEMS
-    return WIDE_CHUNK_ELEMS if method.compute == "float64" and method.whole is None else LONG_CHUNK_ELEMS
+    return FLOAT64_CHUNK_ELEMS if method.compute == "float64" and method.whole is None else LONG_CHUNK_ELEMS
 
 
 def _nested_cost(task: MergeTask, io: str) -> Cost:

@@ -19,10 +19,10 @@ from streammerge.tensors.spec import ranges
 
 if TYPE_CHECKING:
     from streammerge.running.masking import SharedMasks
+    from streammerge.running.prefetching import Prefetching
 
 T = TypeVar("T")
-_SAMPLED_TASKS, _SAMPLED_PLACES = 16, 4
-LEAST_AHEAD_BYTES = 256 << 20
+LEAST_PREFETCHED_BYTES = 256 << 20
 """A run that reads less from local files is over before it matters that they are asked for ahead."""
 
 
@@ -115,26 +115,22 @@ class _Making:
         """Makes tensors of which one worker makes each, neighbours together."""
         independent = (piece for number in numbers for piece in self._missing(number))
         units = batches(independent, self.job.budget.out_bytes)
-        much = sum(count * task.read_bytes for task, count in alike(self.tasks)) >= LEAST_AHEAD_BYTES
-        if self.local is None or not much or not self.local.stay_open or self._are_cached(self.local):
+        ahead = self._prefetching()
+        if ahead is None:
             yield from self._results(MergeWork(self.job), units)
             return
-        from streammerge.running.prefetching import Prefetching  # here, because short merges are over before
-
-        with closing(Prefetching(self.local, self.executor.workers)) as ahead:
+        with closing(ahead):
             for done in self._results(MergeWork(self.job), ahead.units(units)):
                 ahead.made(done)
                 yield done
 
-    def _are_cached(self, inputs: InputFiles) -> bool:
-        """Whether the system has the inputs in its cache already, by a sample of places."""
-        for number in range(0, len(self.tasks), len(self.tasks) // _SAMPLED_TASKS + 1):
-            task = self.tasks[number]
-            for place in range(0, task.elems, task.elems // _SAMPLED_PLACES + 1):
-                for source in task.sources:
-                    if not all(inputs.get(blob.path).is_cached(blob.offset) for blob in source.blobs_of(place, place + 1)):
-                        return False
-        return True
+    def _prefetching(self) -> Prefetching | None:
+        """Returns what asks for local inputs ahead of the workers, None where that does not pay."""
+        if self.local is None or sum(count * task.read_bytes for task, count in alike(self.tasks)) < LEAST_PREFETCHED_BYTES:
+            return None
+        from streammerge.running.prefetching import Prefetching, pays  # here, because short merges are over before
+
+        return Prefetching(self.local, self.executor.workers) if pays(self.local, self.tasks) else None
 
     def of_one(self, numbers: Sequence[int]) -> Generator[PieceDone, None, None]:
         """Makes long tensors of which one worker makes each, so that their passes are made once."""

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
 from streammerge.errors import StreammergeError
-from streammerge.planning.tasks import Piece, PieceDone
+from streammerge.planning.tasks import MergeTask, Piece, PieceDone
 from streammerge.sources.base import Blob, BlobPath
 from streammerge.stores.inputs import InputFiles
 
@@ -28,6 +28,21 @@ _GAP_BYTES = 64 << 10
 
 _MOST_UNITS = 32
 """No more of them wait, since not of all units it is known what they read."""
+_SAMPLED_TASKS, _SAMPLED_PLACES = 16, 4
+
+
+def pays(inputs: InputFiles, tasks: Sequence[MergeTask]) -> bool:
+    """Whether to ask for the inputs of these tasks ahead. It does not pay if they are in the system's cache already, as a
+    sample of places tells, or if files are closed for others between asking and reading."""
+    if not inputs.stay_open:
+        return False
+    for number in range(0, len(tasks), len(tasks) // _SAMPLED_TASKS + 1):
+        task = tasks[number]
+        for place in range(0, task.elems, task.elems // _SAMPLED_PLACES + 1):
+            blobs = (blob for source in task.sources for blob in source.blobs_of(place, place + 1))
+            if not all(inputs.get(blob.path).is_cached(blob.offset) for blob in blobs):
+                return True
+    return False
 
 
 class Prefetching:
