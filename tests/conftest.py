@@ -36,15 +36,6 @@ torch.set_num_threads(1)  # the tests already run in parallel
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the real hub, whatever is installed
-LONG = (
-    "test_readme.py",
-    "test_contributing.py",
-    "test_memory.py",
-    "test_limits.py",
-    "test_crashes.py",
-    "test_packaging.py",
-)
-"""Files of tests that take long."""
 _NO_S3 = "the tests of object stores need obstore and moto, which the extra dev has"
 _buckets = itertools.count()
 
@@ -117,7 +108,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks the parametrized tests slow that are beyond the sample of a test marked ``sampled(every, by=...)``.
 
     One of ``every`` is in the sample, at least one for each value of the parameters that ``by`` names. Which ones they are
-    is drawn by their names, so that all processes, and all days, take the same. Sorts what takes long to the front.
+    is drawn by their names, so that all processes, and all days, take the same.
     """
     groups: dict[tuple[Any, ...], list[pytest.Item]] = {}
     for item in items:
@@ -130,8 +121,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         group.sort(key=lambda item: zlib.crc32(item.name.encode()))
         for item in group[-(-len(group) // every) :]:
             item.add_marker(pytest.mark.slow)
-    # The longest begin first, so that no process runs one when the others have nothing left.
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 def first_of_each(values: Iterable[Any], key: Callable[[Any], object]) -> list[Any]:
