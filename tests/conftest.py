@@ -26,6 +26,7 @@ import torch
 from safetensors import safe_open
 
 from loopback_hub import Hub, running
+from streammerge.events import TaskDone
 from streammerge.formats.registry import FORMATS
 from streammerge.methods.contracts import METHODS
 from streammerge.running.executors.registry import EXECUTORS
@@ -270,6 +271,44 @@ def forked(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
             time.sleep(0.005)
         shown = [stream.seek(0) or stream.read().decode() for stream in (out, err)]
     return subprocess.CompletedProcess(words, os.waitstatus_to_exitcode(ended[1]), *shown)
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    """Waits until the condition is true. Fails after that time, which is long, since the machine may be busy."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.005)
+
+
+def journalled(out: Path) -> int:
+    """Returns the number of pieces in the journal beside an output."""
+    path = out.parent / f".{out.name}.streammerge" / "journal"
+    return path.read_bytes().count(b"\n") - 1 if path.exists() else 0
+
+
+def when_kept(out: Path, at_least: int, act: Callable[[], object]) -> Callable[[object], None]:
+    """Returns a listener that acts once, when the journal beside the output has so many pieces.
+
+    The journal is written on a thread of its own, whose syncs may take seconds on a busy disk. So the merge waits at the
+    piece from which on there are enough.
+    """
+    made, acted = journalled(out), False
+
+    def listen(event: object) -> None:
+        nonlocal made, acted
+        if isinstance(event, TaskDone) and not acted:
+            made += 1
+            if made >= at_least:
+                wait_until(lambda: journalled(out) >= at_least)
+                acted = True
+                act()
+
+    return listen
+
+
+def interrupt() -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def hear_signals() -> None:

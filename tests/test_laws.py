@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Cli, assert_same, load_safetensors, mean, trained, voice
+from conftest import Cli, assert_same, interrupt, load_safetensors, mean, trained, voice, when_kept
 from safetensors.torch import save_file
 
 import hostile as h
 import streammerge as sm
-from streammerge.events import Event, TaskDone
 from streammerge.planning import tasks
 from streammerge.stores import journal
 from streammerge.tensors.spec import GRAIN
@@ -61,12 +60,7 @@ def test_law_2_the_output_is_a_function_of_recipe_and_inputs(tmp_path: Path, mon
         sm.merge(inputs, tmp_path / f"how-{number}.pth", **way, **how)
         assert (tmp_path / f"how-{number}.pth").read_bytes() == expected, how
 
-    def stop(event: Event) -> None:
-        if isinstance(event, TaskDone):
-            time.sleep(0.02)
-            if (tmp_path / ".again.pth.streammerge" / "journal").read_bytes().count(b"\n") > 2:
-                raise KeyboardInterrupt
-
+    stop = when_kept(tmp_path / "again.pth", 2, interrupt)
     with pytest.raises(KeyboardInterrupt):
         sm.merge(inputs, tmp_path / "again.pth", **way, workers=1, listener=stop)
     result = sm.merge(inputs, tmp_path / "again.pth", **way)

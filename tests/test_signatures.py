@@ -222,7 +222,7 @@ class TestObjects:
         index = sm.inspect("many.safetensors")
         began = time.perf_counter()
         assert len(repr(index)) < 100
-        assert time.perf_counter() - began < 1
+        assert time.perf_counter() - began < 5
 
 
 def test_converting_first_is_done_as_politely_and_by_the_same_executor(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import deflate, trained, voice
+from conftest import deflate, trained, voice, wait_until
 from safetensors.torch import save_file
 
 import streammerge as sm
@@ -288,10 +288,7 @@ def test_two_hosts_that_share_a_folder(tmp_path: Path, files: Files, monkeypatch
     sm.plan(files["safetensors"][:2], tmp_path / "out.safetensors", save=plan)
     machine = Path(__file__).parents[1] / "running" / "machine.py"
     first = subprocess.Popen([*space, sys.executable, str(machine), str(plan), str(told), "0.5", "claim=true", "workers=1"])
-    deadline = time.monotonic() + 60
-    while not list(told.glob("piece *")):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: list(told.glob("piece *")))
     first.kill()
     first.wait()
     command = [*space, sys.executable, "-m", "streammerge"]

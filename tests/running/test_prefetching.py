@@ -51,7 +51,7 @@ class Files:
     def settled(self, nbytes: int) -> int:
         """Returns the bytes that were asked for, once they are so many and no more come."""
         with self.changed:
-            assert self.changed.wait_for(lambda: self.nbytes >= nbytes, 10)
+            assert self.changed.wait_for(lambda: self.nbytes >= nbytes, 60)
         time.sleep(0.05)
         return self.nbytes
 

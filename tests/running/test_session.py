@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Cli, hear_signals
+from conftest import Cli, hear_signals, interrupt, journalled, wait_until, when_kept
 from safetensors.torch import save_file
 
 import streammerge as sm
@@ -55,23 +55,10 @@ def pair(tmp_path: Path) -> list[Path]:
     return paths
 
 
-def journalled(out: Path) -> int:
-    """Returns the number of pieces in the journal beside an output."""
-    path = out.parent / f".{out.name}.streammerge" / "journal"
-    return path.read_bytes().count(b"\n") - 1 if path.exists() else 0
-
-
-def interrupt(inputs: list[Path], out: Path, at_least: int = 5, **options: Any) -> None:
+def stop(inputs: list[Path], out: Path, at_least: int = 5, **options: Any) -> None:
     """Runs the merge until the journal has some pieces, and interrupts it there."""
-
-    def listen(event: object) -> None:
-        if type(event).__name__ == "TaskDone":
-            time.sleep(0.01)
-            if journalled(out) >= at_least:
-                raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        sm.merge(inputs, out, listener=listen, **options)
+        sm.merge(inputs, out, listener=when_kept(out, at_least, interrupt), **options)
 
 
 def content(out: Path) -> dict[str, bytes]:
@@ -96,7 +83,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     (tmp_path / "whole").mkdir()
     whole, out = tmp_path / "whole" / OUTPUTS[container], tmp_path / OUTPUTS[container]
     sm.merge(pair, whole, method=method)
-    interrupt(pair, out, method=method)
+    stop(pair, out, method=method)
     assert not out.exists()
     run: dict[str, Any] = {"method": method, "workers": 3, "memory": "64MiB", "io": "pread"}
     (event,) = resumed_events(lambda listener: sm.merge(pair, out, listener=listener, **run))
@@ -108,7 +95,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 def test_what_was_kept_is_not_read_again_and_is_told(pair: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     all_bytes = sm.merge(pair, tmp_path / "other.safetensors").read_bytes
-    interrupt(pair, out, at_least=12)
+    stop(pair, out, at_least=12)
     result = sm.merge(pair, out)
     assert result.read_bytes < all_bytes
     assert any(re.match(r"continued an interrupted run: .* of .* were there", note) for note in result.notes)
@@ -117,8 +104,8 @@ def test_what_was_kept_is_not_read_again_and_is_told(pair: list[Path], tmp_path:
 def test_two_interruptions(pair: list[Path], tmp_path: Path) -> None:
     out, whole = tmp_path / "out.safetensors", tmp_path / "whole.safetensors"
     sm.merge(pair, whole)
-    interrupt(pair, out, at_least=4)
-    interrupt(pair, out, at_least=14)
+    stop(pair, out, at_least=4)
+    stop(pair, out, at_least=14)
     (event,) = resumed_events(lambda listener: sm.merge(pair, out, listener=listener))
     assert event.kept_bytes > 10 * 4 * 77
     assert content(out) == content(whole)
@@ -132,7 +119,7 @@ def test_an_interruption_before_the_first_piece_loses_nothing(
         raise KeyboardInterrupt
 
     out = tmp_path / "out.safetensors"
-    interrupt(pair, out, hash=True)
+    stop(pair, out, hash=True)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(f"streammerge.running.{where}", interrupted)
         sm.merge(pair, out, hash=True)
@@ -163,7 +150,7 @@ def test_another_plan_is_refused_until_what_is_kept_may_go(
         "hash": "only one of them hashes the inputs",
     }[request.node.callspec.id]
     out = tmp_path / "out.safetensors"
-    interrupt(pair, out)
+    stop(pair, out)
     pieces, times = journalled(out), os.stat(pair[1])
     options = change(pair)
     with pytest.raises(sm.RecipeError, match=f"left .*B, and this run differs from it: {said}; repeat"):
@@ -173,14 +160,14 @@ def test_another_plan_is_refused_until_what_is_kept_may_go(
     os.utime(pair[1], ns=(times.st_atime_ns, times.st_mtime_ns))
     assert len(resumed_events(lambda listener: sm.merge(pair, out, listener=listener))) == 1
     out.unlink()
-    interrupt(pair, out)
+    stop(pair, out)
     sm.merge(pair, out, resume=False, **change(pair))
     assert content(out) == content(tmp_path / "whole.safetensors")
 
 
 def test_another_version_is_refused(pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out.safetensors"
-    interrupt(pair, out)
+    stop(pair, out)
     pieces = journalled(out)
     with monkeypatch.context() as patched, pytest.raises(sm.RecipeError, match=r"streammerge was .* and is 0\.0\.9"):
         patched.setattr("streammerge.planning.digest.__version__", "0.0.9")
@@ -205,7 +192,7 @@ def test_another_version_is_refused(pair: list[Path], tmp_path: Path, monkeypatc
 
 def test_the_command_line_names_the_option_that_discards_what_is_kept(pair: list[Path], tmp_path: Path, cli: Cli) -> None:
     out = tmp_path / "out.safetensors"
-    interrupt(pair, out)
+    stop(pair, out)
     command = ["merge", *map(str, pair), "--weights", "1,2", "-o", str(out)]
     said = cli(*command, code=2).stderr
     assert "discard what it left with --no-resume, or choose another output" in said
@@ -221,7 +208,7 @@ def test_a_journal_that_cannot_be_read_is_still_there(
 ) -> None:
     """An error or Ctrl-C while the journal is read loses nothing. Only an absent journal counts as none."""
     out = tmp_path / "out.safetensors"
-    interrupt(pair, out)
+    stop(pair, out)
     pieces = journalled(out)
 
     def fail(record: LocalJournalFile) -> bytes:
@@ -251,7 +238,7 @@ def test_ones_own_method_is_never_continued(pair: list[Path], tmp_path: Path) ->
 
 def test_without_resume_nothing_is_taken_up_and_nothing_stays(pair: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
-    interrupt(pair, out)
+    stop(pair, out)
     assert left_over(out) == [".out.safetensors.streammerge"]
 
     def listen(event: object) -> None:
@@ -285,7 +272,7 @@ def test_damage_to_what_was_kept_is_found_and_made_good(pair: list[Path], tmp_pa
     """Flips one bit of the partial output, in a piece that the journal lists."""
     out, whole = tmp_path / "out.safetensors", tmp_path / "whole.safetensors"
     sm.merge(pair, whole)
-    interrupt(pair, out, at_least=8)
+    stop(pair, out, at_least=8)
     folder = tmp_path / ".out.safetensors.streammerge"
     partial = folder / "output" / "out.safetensors"
     lines = (folder / "journal").read_text().splitlines()[1:]
@@ -301,7 +288,7 @@ def test_no_damage_to_the_journal_matters(pair: list[Path], tmp_path: Path) -> N
     """Flips a bit at every 37th byte, and cuts at every 89th byte. Pieces of damaged lines are made again."""
     out, whole = tmp_path / "out.safetensors", tmp_path / "whole.safetensors"
     sm.merge(pair, whole)
-    interrupt(pair, out, at_least=8)
+    stop(pair, out, at_least=8)
     path = tmp_path / ".out.safetensors.streammerge" / "journal"
     good = path.read_bytes()
     record = LocalJournalFile(parse(path))
@@ -328,7 +315,7 @@ def test_an_interrupted_replacement_keeps_the_old_output(pair: list[Path], tmp_p
     out = tmp_path / "out.safetensors"
     sm.merge(pair, out, weights=[1, 0])
     old = content(out)
-    interrupt(pair, out, overwrite=True)
+    stop(pair, out, overwrite=True)
     assert content(out) == old
     with pytest.raises(sm.RecipeError, match="exists already"):
         sm.merge(pair, out)
@@ -352,7 +339,7 @@ def test_pieces_are_written_down_after_their_files_are_synced(
 
     monkeypatch.setattr(OutputFile, "sync", sync)
     monkeypatch.setattr(LocalJournalFile, "append", append)
-    interrupt(pair, tmp_path / "out.safetensors", at_least=8)
+    stop(pair, tmp_path / "out.safetensors", at_least=8)
     written = [number for number, (what, pieces) in enumerate(order) if what == "append" and pieces]
     assert sum(order[number][1] for number in written) >= 8
     assert all(order[number - 1][0] == "sync" for number in written)
@@ -365,7 +352,7 @@ def test_a_long_piece_is_given_up_at_once(tmp_path: Path, monkeypatch: pytest.Mo
 
     def slow(group: Any) -> Any:
         def kernel(chunk: Any) -> Any:
-            time.sleep(chunk.elems / GRAIN * 0.2)
+            time.sleep(chunk.elems / GRAIN * 0.5)
             return chunk.models[0]
 
         return kernel
@@ -380,7 +367,7 @@ def test_a_long_piece_is_given_up_at_once(tmp_path: Path, monkeypatch: pytest.Mo
     inputs = [tmp_path / "0.safetensors", tmp_path / "1.safetensors"]
     with pytest.raises(KeyboardInterrupt):
         sm.merge(inputs, tmp_path / "out.safetensors", method=slow, workers=2, memory="64MiB", listener=listen)
-    assert time.monotonic() - raised[0] < 4  # the piece would take thirteen seconds
+    assert time.monotonic() - raised[0] < 10, "the piece would take half a minute"
 
 
 # ------------------------------------------------------------------------------------------------------- the disk fails
@@ -709,7 +696,7 @@ def test_hashing_stops_at_once(pair: list[Path], tmp_path: Path) -> None:
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
-    assert (process.returncode, time.monotonic() - began < 2) == (143, True)
+    assert (process.returncode, time.monotonic() - began < 5) == (143, True)
 
 
 def test_an_output_that_appears_meanwhile_is_not_replaced(pair: list[Path], tmp_path: Path) -> None:
@@ -796,13 +783,11 @@ def test_a_signal_stops_in_time_and_says_how_to_go_on(
         text=True,
         preexec_fn=hear_signals,
     )
-    while journalled(out) < 3:
-        assert process.poll() is None
-        time.sleep(0.01)
+    wait_until(lambda: journalled(out) >= 3 or process.poll() is not None)
     began = time.monotonic()
     process.send_signal(number)
     _, said = process.communicate(timeout=20)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
     assert process.returncode == code, said
     assert re.search(rf"error: {word}; [^;]* are kept; the same command goes on from there", said)
     assert not out.exists()
@@ -837,7 +822,7 @@ def test_a_signal_keeps_all_that_was_finished(large: Path, tmp_path: Path) -> No
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
     said, rest = process.communicate(timeout=20)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
     events += map(json.loads, rest.splitlines())
     done = sum(each["written_bytes"] for each in events if each["event"] == "TaskDone")
     (suspended,) = [each for each in events if each["event"] == "Suspended"]
@@ -855,15 +840,14 @@ def test_a_signal_keeps_all_that_was_finished(large: Path, tmp_path: Path) -> No
 
 def test_a_signal_before_the_first_byte_says_what_an_earlier_run_has_kept(large: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
-    interrupt([large / "0.safetensors", large / "1.safetensors"], out)
+    stop([large / "0.safetensors", large / "1.safetensors"], out)
     kept = journalled(out)
-    stop = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
-    early = f"""
-import sys
+    early = """
+import os, signal, sys
 from streammerge.cli.main import main
 from streammerge.planning import plan
 def stopped(*given, **more):
-    {stop}
+    os.kill(os.getpid(), signal.SIGINT)
 sys.modules["streammerge.planning.plan"].build_plan = stopped
 sys.argv[0] = "streammerge"
 main()
@@ -887,9 +871,7 @@ def test_a_hangup_that_nohup_hides_does_not_stop(large: Path, tmp_path: Path) ->
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
     )
-    while not journalled(out):
-        assert process.poll() is None
-        time.sleep(0.01)
+    wait_until(lambda: journalled(out) or process.poll() is not None)
     process.send_signal(signal.SIGHUP)
     assert process.wait(timeout=60) == 0
     assert out.exists()

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import wait_until
 from safetensors.torch import save_file
 
 import streammerge as sm
@@ -64,13 +65,6 @@ def machine(plan: Path, folder: Path, seconds: float, **options: Any) -> subproc
     )
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.01)
-
-
 def receipts(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob(f".*.machines/{claims.UNITS}/[0-9]*"))
 
@@ -81,7 +75,7 @@ def test_a_killed_machine_costs_the_units_it_was_making(tmp_path: Path, models: 
     expected = sm.merge(models[:2], tmp_path / "whole.safetensors").out
     count = len(sm.plan(models[:2], out, save=plan).tasks)
     first = machine(plan, tmp_path / "told", 0.05, claim=True, workers=1)
-    wait_for(lambda: len(receipts(tmp_path)) >= 3)
+    wait_until(lambda: len(receipts(tmp_path)) >= 3)
     first.kill()
     first.communicate()
     there = receipts(tmp_path)
@@ -106,7 +100,7 @@ def test_a_stopped_machine_writes_nothing_after_the_others_have_finished(tmp_pat
     sm.plan(models[:2], out, save=plan)
     told = tmp_path / "told"
     first = machine(plan, told, 0.02, claim=True, workers=1)
-    wait_for(lambda: len(list(told.glob("piece *"))) >= 2)
+    wait_until(lambda: len(list(told.glob("piece *"))) >= 2)
     first.send_signal(signal.SIGSTOP)
     try:
         began = time.monotonic()
@@ -162,7 +156,7 @@ def test_a_machine_that_was_stopped_for_a_moment_claims_again(tmp_path: Path, mo
     sm.plan(models[:2], out, save=plan)
     told = tmp_path / "told"
     first = machine(plan, told, 0.01, claim=True, workers=1)
-    wait_for(lambda: len(list(told.glob("piece *"))) >= 2)
+    wait_until(lambda: len(list(told.glob("piece *"))) >= 2)
     first.send_signal(signal.SIGSTOP)
     time.sleep(1.5 * LEASE_SECONDS)
     first.send_signal(signal.SIGCONT)
@@ -255,7 +249,7 @@ def test_an_input_that_changes_gives_no_receipt(tmp_path: Path, models: list[Pat
     plan = tmp_path / "plan"
     sm.plan(models[:2], tmp_path / "out.safetensors", save=plan)
     first = machine(plan, tmp_path / "told", 0.05, claim=True, workers=1)
-    wait_for(lambda: receipts(tmp_path))
+    wait_until(lambda: receipts(tmp_path))
     with models[1].open("r+b") as file:
         file.seek(-4, os.SEEK_END)
         file.write(b"1234")
@@ -282,7 +276,7 @@ def test_many_deaths(tmp_path: Path, models: list[Path], method: str) -> None:
         told = tmp_path / f"told{death}"
         first = machine(plan, told, 0.01, claim=True, workers=2, executor=draw.choice(["threads", "processes"]))
         count = draw.randrange(30)
-        wait_for(
+        wait_until(
             lambda told=told, count=count, first=first: len(list(told.glob("piece *"))) >= count or first.poll() is not None
         )  # type: ignore[misc]
         time.sleep(draw.random() * 0.05)

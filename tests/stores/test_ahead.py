@@ -70,11 +70,11 @@ def test_many_readers_get_the_right_bytes(blocks: int) -> None:
 
 
 def test_announced_blocks_are_fetched_at_once_and_in_order() -> None:
-    file, ahead = File(BLOCK * 32, 0.05), Ahead(2 * 8 * BLOCK)
+    file, ahead = File(BLOCK * 32, 0.2), Ahead(2 * 8 * BLOCK)
     began = time.monotonic()
     ahead.announce(file, 0, file.size)
     assert b"".join(read(ahead, file, at, at + BLOCK) for at in range(0, file.size, BLOCK)) == file.data
-    assert time.monotonic() - began < 32 * 0.05 / 2
+    assert time.monotonic() - began < 32 * 0.2 / 2
     assert sorted(file.fetched) == list(range(32))
     assert file.fetched[:2] == [0, 1]
     assert 4 <= file.most_running <= 8
@@ -102,7 +102,7 @@ def test_an_error_is_raised_by_the_reader_of_that_block() -> None:
 
 
 def test_a_reader_that_waits_is_stopped() -> None:
-    file, ahead = File(BLOCK, 5.0), Ahead(2 * 4 * BLOCK)
+    file, ahead = File(BLOCK, 8.0), Ahead(2 * 4 * BLOCK)
 
     def halt() -> None:
         raise KeyboardInterrupt
@@ -111,7 +111,7 @@ def test_a_reader_that_waits_is_stopped() -> None:
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         read(ahead, file, 0, 1)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 6
     ahead.close()
 
 

@@ -100,7 +100,7 @@ def test_another_host_is_dead_after_a_lease_without_a_sign(joint: Joint, two: tu
     assert not other.dead("0.0")
     while not other.dead("0.0"):
         time.sleep(0.02)
-    assert LEASE_SECONDS <= time.monotonic() - began < 5 * LEASE_SECONDS
+    assert LEASE_SECONDS <= time.monotonic() - began < 50 * LEASE_SECONDS
     assert "node7" in other.describe("0.0")
 
 

@@ -6,12 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Cli
+from conftest import Cli, journalled, wait_until
 from safetensors.torch import save_file
 
 import streammerge as sm
@@ -40,12 +39,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def begun(out: str) -> subprocess.Popen[bytes]:
     """Starts a slow run and waits until its journal lists pieces."""
     run = subprocess.Popen([sys.executable, "-c", SLOW, out])
-    journal = Path(f".{out}.streammerge/journal")
-    end = time.monotonic() + 60
-    while not (journal.exists() and journal.read_bytes().count(b"\n") > 1):
-        assert run.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    wait_until(lambda: journalled(Path(out)) or run.poll() is not None)
+    assert run.poll() is None
     return run
 
 

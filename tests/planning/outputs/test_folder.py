@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from time import sleep
 from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same
+from conftest import assert_same, interrupt, when_kept
 from safetensors.torch import load_file, save_file
 
 import streammerge as sm
+from streammerge.events import TaskDone
 
 TENSORS = {f"layers.{n}.w": torch.full((25,), float(n)) for n in range(5)} | {"e": torch.empty(0), "s": torch.tensor(1.0)}
 
@@ -332,16 +332,14 @@ def test_what_somebody_put_into_a_subfolder_is_not_lost(tmp_path: Path) -> None:
 def test_an_interrupted_pipeline_is_continued(tmp_path: Path) -> None:
     for seed, folder in enumerate("ab"):
         pipeline(tmp_path / folder, seed)
-    sm.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "whole/")
-
-    def stop(event: object) -> None:
-        if type(event).__name__ == "Syncing":
-            raise KeyboardInterrupt
+    told, out = list[object](), tmp_path / "out"
+    sm.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "whole/", listener=told.append)
+    pieces = sum(isinstance(event, TaskDone) for event in told)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("streammerge.stores.journal.INTERVAL_SECONDS", 0.01)
         with pytest.raises(KeyboardInterrupt):
-            sm.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out/", listener=lambda e: (sleep(0.05), stop(e)))
+            sm.merge([tmp_path / "a", tmp_path / "b"], out, listener=when_kept(out, pieces, interrupt))
     assert (tmp_path / ".out.streammerge" / "journal").exists()
     made = sm.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out/")
     assert any("continued an interrupted run" in note for note in made.notes)

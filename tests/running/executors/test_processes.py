@@ -15,7 +15,7 @@ from types import ModuleType
 
 import psutil
 import pytest
-from conftest import hear_signals
+from conftest import hear_signals, wait_until
 
 import streammerge as sm
 from running.executors.suite import ExecutorSuite
@@ -41,13 +41,6 @@ with closing(ProcessExecutor(2)) as executor:
     else:
         print(sum(executor.run(Square(), range(10))), flush=True)
 """
-
-
-def wait_until(what: object, seconds: float = WAIT_SECONDS) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def descendants() -> list[psutil.Process]:
