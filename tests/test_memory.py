@@ -106,6 +106,7 @@ def test_law_1_holds_for_all_processes_together(tmp_path: Path, io: str) -> None
         assert peak["anonymous"] < peak["resident"] <= peak["planned"], (more, peak)
 
 
+@pytest.mark.slow
 def test_law_1_holds_for_huge_pages_of_the_cache(tmp_path: Path) -> None:
     """New files are cached in pages of 2 MiB, and one access maps a whole page; sparse files are not.
 

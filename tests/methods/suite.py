@@ -231,6 +231,7 @@ class MethodSuite:
             save_file({name: t.bfloat16() for name, t in model.items()}, path)
         return paths
 
+    @pytest.mark.sampled(2)
     def test_law_2_for_methods(
         self, case: Case, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -260,7 +261,7 @@ class MethodSuite:
             wanted = self.expected(case, start[name], [model[name] for model in models], name)
             close(tensor, wanted, 2**-8, case.undecided)  # half a unit in the last place of bfloat16
 
-    @pytest.mark.sampled(2)
+    @pytest.mark.sampled(4)
     def test_law_2_for_infinities_and_nan_of_all_inputs(
         self, case: Case, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -285,7 +286,7 @@ class MethodSuite:
             )
             assert tensor[there == 0].isfinite().all(), name
 
-    @pytest.mark.sampled(2)
+    @pytest.mark.sampled(3)
     def test_law_2_for_rows_that_no_grain_divides(self, row_case: Case, tmp_path: Path) -> None:
         case, paths = row_case, []
         for number in range(6):

@@ -220,11 +220,10 @@ def test_workers_tell_what_they_have_read(tmp_path: Path, monkeypatch: pytest.Mo
     inputs = 4 * (2100 * 2050 + 64 * 64 + 1)
     for recipe, least, most in ((inner, 6, 10), (outer, 3, 3), (copied, 1, 1)):
         told = [
-            sm.merge(recipe=recipe, out="o.safetensors", overwrite=True, io=io, workers=2, executor=executor).read_bytes
-            for executor in ("threads", "processes")
-            for io in ("mmap", "pread")
+            sm.merge(recipe=recipe, out="o.safetensors", overwrite=True, workers=2, **how).read_bytes
+            for how in ({"io": "mmap"}, {"io": "pread"}, {"io": "pread", "executor": "processes"})
         ]
-        assert told[:2] == told[2:]
+        assert told[1] == told[2]
         assert all(least * inputs <= each <= most * inputs for each in told), (told, inputs)
 
 
