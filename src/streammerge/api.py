@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsIndex
 
@@ -217,9 +217,10 @@ def merge(
     """
     given = locals()
     from streammerge.requests.merging import Request
+    from streammerge.running.head_start import HeadStart
 
     request = Request.of(given)
-    with _run_options(given) as running:
+    with _run_options(given) as running, closing(HeadStart(0 if running.polite else None)) as head_start:
         if request.out is None:
             raise RecipeError("a merge needs a name for its output; pass `out`")
         request.out.sweep()
@@ -231,7 +232,7 @@ def merge(
         with remembering():
             combined = request.combination()
             if combined is None:
-                made = request.plan()
+                made = request.plan(head_start.opened)
         if combined is not None:
             if report is not None or statistics:
                 named = "report" if report is not None else "statistics"

@@ -57,3 +57,25 @@ def test_memory_is_counted() -> None:
     assert 10 << 20 < held <= process.peak_resident_bytes()
     gauge = process.Gauge()
     assert gauge.now() == gauge.now(), "the kernel is asked once in a while only"
+
+
+def test_memory_is_that_of_the_machine_or_of_a_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the form of the kernel's documentation, for both versions of control groups."""
+    whole = psutil.virtual_memory().total
+    groups, home = tmp_path / "cgroup", tmp_path / "fs"
+    monkeypatch.setattr(process, "_GROUPS", groups)
+    monkeypatch.setattr(process, "_GROUP_HOME", home)
+    assert process.memory_bytes() == whole, "there are no groups"
+    groups.write_text("0::/user.slice/app\n")
+    (home / "user.slice" / "app").mkdir(parents=True)
+    (home / "user.slice" / "app" / "memory.max").write_text("max\n")
+    assert process.memory_bytes() == whole
+    (home / "user.slice" / "memory.max").write_text("700000000\n")
+    assert process.memory_bytes() == 700_000_000, "the group above has a limit"
+    (home / "user.slice" / "app" / "memory.max").write_text("500000000\n")
+    assert process.memory_bytes() == 500_000_000
+    groups.write_text("12:cpu:/other\n11:memory:/docker/1\n1:name=systemd:/\n")
+    (home / "memory" / "docker" / "1").mkdir(parents=True)
+    (home / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    (home / "memory" / "docker" / "1" / "memory.limit_in_bytes").write_text("300000000\n")
+    assert process.memory_bytes() == 300_000_000

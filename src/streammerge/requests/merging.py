@@ -35,7 +35,7 @@ from streammerge.requests.adapters import (
     refuse_others,
 )
 from streammerge.requests.inputs import Held, named, names_and_weights, path_of
-from streammerge.requests.plans import planned
+from streammerge.requests.plans import OnOpened, planned, unheard
 from streammerge.stores.base import Location
 from streammerge.stores.locations import parse
 
@@ -90,7 +90,7 @@ class Request:
             *(picked(group, given) for group in (Choosing, Naming, Policies, Selecting, Resources, Executing, Writing)),  # type: ignore[arg-type]
         )
 
-    def plan(self) -> Plan:
+    def plan(self, on_opened: OnOpened = unheard) -> Plan:
         """Returns the plan of what was asked for. Raises the errors of :func:`streammerge.plan`."""
         asked = self.merging
         notes: list[str] = []
@@ -118,7 +118,16 @@ class Request:
         else:
             recipe = self._asked_recipe
         folder = None if asked.convert_first is None else parse(asked.convert_first)
-        made = planned(recipe, self.out, self.resources, self.executing.executor, folder, self.output.hash, self.held)
+        made = planned(
+            recipe,
+            self.out,
+            self.resources,
+            self.executing.executor,
+            folder,
+            self.output.hash,
+            self.held,
+            on_opened=on_opened,
+        )
         made.notes[:0] = notes
         if self.policies.strict:
             refuse_unused(made.accounts, made.disagreements)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from streammerge.checkpoints.agreement import agreed
@@ -17,14 +17,20 @@ from streammerge.requests.inputs import Held, opened
 from streammerge.running.choosing import choose_executor, default_workers
 from streammerge.running.executors.base import Executors
 from streammerge.running.process import collector_paused
+from streammerge.sources.base import Source
 from streammerge.stores.base import Location
 from streammerge.units import decimal_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from streammerge.planning.stages import Opened
 
+OnOpened = Callable[[Mapping[str, Source], int], object]
 _LONG_BYTES = 1 << 30
 """An output of so many bytes is worth a word about interruptions."""
+
+
+def unheard(entries: Mapping[str, Source], count: int) -> None:
+    """Is told of a checkpoint that is opened, and does nothing."""
 
 
 def planned(
@@ -36,20 +42,22 @@ def planned(
     hashed: bool = False,
     held: Held | None = None,
     like: bool = False,
+    on_opened: OnOpened = unheard,
 ) -> Plan:
     """Returns the plan of a recipe. Reads headers only.
 
     ``convert_first``: a folder of converted inputs, which are read where they are current. ``hashed``: whether the receipt
     gets the SHA-256 of each input. ``held``: the state dicts in memory. ``like``: whether the first checkpoint gets the
-    tensors of the second. Raises the errors of :func:`streammerge.plan`.
+    tensors of the second. ``on_opened`` is called with the tensors of each checkpoint that is opened, and their number.
+    Raises the errors of :func:`streammerge.plan`.
     """
     if FACTORS.get(recipe.merge_method.name) is recipe.merge_method:
         raise RecipeError(without_adapters(recipe.merge_method.name))
     if held and convert_first is not None:
         raise RecipeError("`convert_first` converts files; give state dicts in memory without it")
     with collector_paused():
-        stages = _opened_stages(recipe, held or {}, convert_first) if recipe.stages else {}
-        indexes = _indexes(recipe, held or {}, convert_first, stages)
+        stages = _opened_stages(recipe, held or {}, convert_first, on_opened) if recipe.stages else {}
+        indexes = _indexes(recipe, held or {}, convert_first, stages, on_opened)
         told = _likeness(recipe, indexes) if like else []
         made = build_plan(
             recipe,
@@ -70,7 +78,7 @@ def planned(
     return made
 
 
-def _opened_stages(recipe: Recipe, held: Held, convert_first: Location | None) -> dict[str, Opened]:
+def _opened_stages(recipe: Recipe, held: Held, convert_first: Location | None, on_opened: OnOpened) -> dict[str, Opened]:
     """Returns the stages that a recipe uses, planned and opened as checkpoints."""
     from streammerge.planning.mixtures import Mixed
     from streammerge.planning.stages import Opened
@@ -80,12 +88,16 @@ def _opened_stages(recipe: Recipe, held: Held, convert_first: Location | None) -
     for name in stages_used(recipe):
         own = recipe.stages[name]
         make = Mixed if own.experts else Opened
-        stages[stage_text(name)] = make(name, own, _indexes(own, held, convert_first, stages))
+        stages[stage_text(name)] = make(name, own, _indexes(own, held, convert_first, stages, on_opened))
     return stages
 
 
 def _indexes(
-    recipe: Recipe, held: Held, convert_first: Location | None, stages: Mapping[str, Opened]
+    recipe: Recipe,
+    held: Held,
+    convert_first: Location | None,
+    stages: Mapping[str, Opened],
+    on_opened: OnOpened,
 ) -> dict[Reference, CheckpointIndex]:
     """Returns the indexes of a recipe's models, under the names that the recipe gives to their tensors."""
     indexes: dict[Reference, CheckpointIndex] = {}
@@ -94,6 +106,7 @@ def _indexes(
         for known in indexes.values():
             index.share(known)
         indexes[each] = index
+        on_opened(index.entries, len(recipe.checkpoints))
     if convert_first is not None:
         from streammerge.checkpoints.conversions import from_conversion
 

@@ -13,6 +13,7 @@ Each module imports only modules above it::
     measuring  how far results lie from inputs
     announcing what workers read next
     prefetching local inputs, asked of the system ahead of the workers
+    head_start the beginnings of local inputs, asked for while a merge is planned
     makers     what makes the bytes of a tensor, chunk by chunk
     copying    tensors whose bytes are copied
     computing  tensors by the kernel of their method

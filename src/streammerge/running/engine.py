@@ -11,7 +11,9 @@ from streammerge.kernels.pass_results import PassResults
 from streammerge.planning.tasks import MergeTask, Piece, PieceDone, alike, batches, pieces, where
 from streammerge.running.computing import bind, failures
 from streammerge.running.executors.base import Executor
+from streammerge.running.head_start import LEAST_PREFETCHED_BYTES
 from streammerge.running.job import Job
+from streammerge.running.prefetching import Prefetching, pays
 from streammerge.running.worker import MergeWork
 from streammerge.stores.checksums import CRC32C, Checksum
 from streammerge.stores.inputs import InputFiles
@@ -19,11 +21,8 @@ from streammerge.tensors.spec import ranges
 
 if TYPE_CHECKING:
     from streammerge.running.masking import SharedMasks
-    from streammerge.running.prefetching import Prefetching
 
 T = TypeVar("T")
-LEAST_PREFETCHED_BYTES = 256 << 20
-"""A run that reads less from local files is over before it matters that they are asked for ahead."""
 
 
 class SharedPasses(Protocol):
@@ -128,8 +127,6 @@ class _Making:
         """Returns what asks for local inputs ahead of the workers, None where that does not pay."""
         if self.local is None or sum(count * task.read_bytes for task, count in alike(self.tasks)) < LEAST_PREFETCHED_BYTES:
             return None
-        from streammerge.running.prefetching import Prefetching, pays  # here, because short merges are over before
-
         return Prefetching(self.local, self.executor.workers) if pays(self.local, self.tasks) else None
 
     def of_one(self, numbers: Sequence[int]) -> Generator[PieceDone, None, None]:

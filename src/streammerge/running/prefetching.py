@@ -182,25 +182,29 @@ def windows(unit: Iterable[Piece]) -> Iterator[Window]:
             held += (stop - start) * size
             start = stop
             if held + size > _WINDOW_BYTES:
-                yield _ranges(window)
+                yield in_files(_blobs(window))
                 window, held = [], 0
     if window:
-        yield _ranges(window)
+        yield in_files(_blobs(window))
 
 
-def _ranges(window: Iterable[tuple[Piece, int, int]]) -> Window:
-    """Returns the ranges of a window, file by file. Joins those with little between them."""
-    found: dict[BlobPath, Window] = {}
+def _blobs(window: Iterable[tuple[Piece, int, int]]) -> Iterator[Blob]:
     for piece, start, stop in window:
         for source in piece.task.sources:
             parts = 2 if source.spec.dtype.kind == "complex" else 1
-            for blob in source.blobs_of(start // parts, -(-stop // parts)):
-                ranges = found.setdefault(blob.path, [])
-                if ranges:
-                    (path, offset, nbytes), needed = ranges[-1]
-                    if offset + nbytes <= blob.offset <= offset + nbytes + _GAP_BYTES:
-                        both = Blob(path, offset, blob.offset + blob.nbytes - offset)
-                        ranges[-1] = both, needed + blob.nbytes
-                        continue
-                ranges.append((blob, blob.nbytes))
+            yield from source.blobs_of(start // parts, -(-stop // parts))
+
+
+def in_files(blobs: Iterable[Blob]) -> Window:
+    """Returns the ranges file by file. Joins those with little between them."""
+    found: dict[BlobPath, Window] = {}
+    for blob in blobs:
+        ranges = found.setdefault(blob.path, [])
+        if ranges:
+            (path, offset, nbytes), needed = ranges[-1]
+            if offset + nbytes <= blob.offset <= offset + nbytes + _GAP_BYTES:
+                both = Blob(path, offset, blob.offset + blob.nbytes - offset)
+                ranges[-1] = both, needed + blob.nbytes
+                continue
+        ranges.append((blob, blob.nbytes))
     return [each for ranges in found.values() for each in ranges]

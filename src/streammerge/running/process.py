@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import mmap
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ _STATUS, _ROLLUP = Path("/proc/self/status"), Path("/proc/self/smaps_rollup")
 _late_bytes = _late_own_bytes = 0
 _PAGES = Path("/proc/self/statm")
 """Linux tells there in pages: all of the address space, and what of it is resident."""
+_GROUPS, _GROUP_HOME = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def resident_bytes() -> int:
@@ -23,6 +25,23 @@ def resident_bytes() -> int:
     import psutil  # here, because Linux itself tells it, and psutil takes as long to import as ten of our modules
 
     return int(psutil.Process().memory_info().rss)
+
+
+def memory_bytes() -> int:
+    """Returns the memory of this machine, or what the control groups leave of it to this process. 0 if it is not known."""
+    most = 0
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # the names of sysconf are not those of all systems
+        most = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
+    with contextlib.suppress(OSError):
+        for line in _GROUPS.read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            if kinds in ("", "memory"):
+                home, file = (_GROUP_HOME / kinds, "memory.limit_in_bytes" if kinds else "memory.max")
+                group = home / path.lstrip("/")
+                for folder in (group, *group.parents):
+                    with contextlib.suppress(OSError, ValueError):  # "max" is no number
+                        most = min(most, int((folder / file).read_text()))
+    return most
 
 
 @contextlib.contextmanager
