@@ -1,12 +1,12 @@
-"""The beginnings of local inputs are asked for while a merge is planned: in turn, each range once, within a bound."""
+"""The beginnings of local inputs are read into the system's cache while a merge is planned, within a bound."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -27,20 +27,21 @@ from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import TensorSpec
 
 MIB = 1 << 20
+Noted = list[tuple[str, int, int]]
 
 
-@pytest.fixture(autouse=True)
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
-    """Notes what is asked of the system: file, first byte, and the byte behind the last. Nothing is in its cache."""
-    noted: list[tuple[str, int, int]] = []
+@pytest.fixture
+def noted(monkeypatch: pytest.MonkeyPatch) -> Noted:
+    """Notes what is read into the cache: file, first byte, and the byte behind the last. Nothing is in it before."""
+    noted: Noted = []
 
-    def will_need(self: files.InputFile, offset: int, nbytes: int) -> None:
+    def read_into_cache(self: files.InputFile, offset: int, nbytes: int, sink: int) -> None:
         noted.append((self.location.name, offset, offset + nbytes))
 
-    monkeypatch.setattr(files.InputFile, "will_need", will_need)
+    monkeypatch.setattr(files.InputFile, "read_into_cache", read_into_cache)
     monkeypatch.setattr(files.InputFile, "is_cached", lambda self, offset: False)
     monkeypatch.setattr(head_start, "LEAST_PREFETCHED_BYTES", 2 * MIB)
-    monkeypatch.setattr(engine, "LEAST_PREFETCHED_BYTES", 1 << 60)  # the workers' own reads are not asked for
+    monkeypatch.setattr(engine, "LEAST_PREFETCHED_BYTES", 1 << 60)  # the workers' own reads are left alone
     return noted
 
 
@@ -56,107 +57,69 @@ def checkpoint(path: Path, *shapes: tuple[int, ...], begin: int = 0) -> dict[str
     return found
 
 
-def ended(head: HeadStart, asked: list[tuple[str, int, int]], count: int) -> None:
-    """Waits until so many ranges are asked for. Then closes it, which waits for what is asked for at this moment."""
-    wait_until(lambda: len(asked) >= count)
-    head.close()
+def read(noted: Noted, count: int, *checkpoints: dict[str, Source], most_bytes: int | None = 64 * MIB) -> Noted:
+    """Returns what a head start reads, sorted, once it is so many ranges."""
+    with closing(HeadStart(most_bytes)) as head:
+        head.opened(checkpoints)
+        wait_until(lambda: len(noted) >= count)
+    return sorted(noted)
 
 
-def of(name: str, noted: list[tuple[str, int, int]]) -> list[tuple[int, int]]:
-    return [(start, stop) for file, start, stop in noted if file == name]
+def test_each_checkpoint_has_its_share(tmp_path: Path, noted: Noted) -> None:
+    both = [checkpoint(tmp_path / name, (2 * MIB,), (3,), (2 * MIB,), begin=40) for name in "ab"]
+    share = 12 * MIB
+    assert read(noted, 2, *both, most_bytes=2 * share) == [(name, 40, 40 + share) for name in "ab"]
 
 
-def test_checkpoints_are_asked_for_in_turn_and_to_their_share(tmp_path: Path, asked: list[tuple[str, int, int]]) -> None:
-    head = HeadStart(24 * MIB)
-    ready = threading.Event()
-    first, second = (checkpoint(tmp_path / name, (7 * MIB,), (3,), (MIB,), begin=40) for name in "ab")
-    head.opened(Waits(ready, first), 2)
-    head.opened(second, 2)
-    ready.set()
-    ended(head, asked, 6)
-    assert [name for name, _, _ in asked] == ["a", "b"] * 3
-    for name in "ab":
-        assert of(name, asked) == [(40 + 4 * MIB * turn, 40 + 4 * MIB * (turn + 1)) for turn in range(3)]
+def test_long_ranges_are_read_in_parts(tmp_path: Path, noted: Noted) -> None:
+    found = read(noted, 3, checkpoint(tmp_path / "a", (9 * MIB,)))
+    assert found == [("a", 0, 16 * MIB), ("a", 16 * MIB, 32 * MIB), ("a", 32 * MIB, 36 * MIB)]
 
 
-class Waits(dict[str, Source]):
-    """Tensors that can be looked at a second time, by the thread, when an event is set."""
-
-    def __init__(self, ready: threading.Event, entries: Mapping[str, Source]) -> None:
-        super().__init__(entries)
-        self._ready, self._looks = ready, 0
-
-    def values(self) -> Any:
-        self._looks += 1
-        assert self._looks == 1 or self._ready.wait(60)
-        return super().values()
-
-
-def test_neighbours_are_one_range_and_pieces_are_asked_for_where_they_lie(
-    tmp_path: Path, asked: list[tuple[str, int, int]]
-) -> None:
+def test_neighbours_are_one_range_and_pieces_are_read_where_they_lie(tmp_path: Path, noted: Noted) -> None:
     parts = [checkpoint(tmp_path / name, (3, 100), (5, 100_000)) for name in "xy"]
     whole = {name: joined(name, [part[name] for part in parts], 0) for name in parts[0]}
-    head = HeadStart(64 * MIB)
-    head.opened(whole, 1)
-    ended(head, asked, 2)
-    assert sorted(asked) == [(name, 0, 4 * (300 + 500_000)) for name in "xy"]
+    assert read(noted, 2, whole) == [(name, 0, 4 * (300 + 500_000)) for name in "xy"]
 
 
-def test_what_has_no_place_in_a_file_is_passed_over(tmp_path: Path, asked: list[tuple[str, int, int]]) -> None:
+def test_what_has_no_place_in_a_file_is_passed_over(tmp_path: Path, noted: Noted) -> None:
     spec = TensorSpec("c", DType.F32, (MIB,))
     entries: dict[str, Source] = {"c": Constant(spec, 1.0), **checkpoint(tmp_path / "a", (), (0, 3), (2 * MIB,))}
-    head = HeadStart(64 * MIB)
-    head.opened(entries, 1)
-    ended(head, asked, 2)
-    assert (asked[0][1], asked[-1][2]) == (0, 4 + 8 * MIB)
-    assert sum(stop - start for _, start, stop in asked) == 4 + 8 * MIB
+    assert read(noted, 1, entries) == [("a", 0, 4 + 8 * MIB)]
 
 
-def test_short_checkpoints_are_not_asked_for_and_start_no_thread(tmp_path: Path, asked: list[tuple[str, int, int]]) -> None:
-    head = HeadStart()
-    head.opened(checkpoint(tmp_path / "a", (MIB // 16,), (MIB // 16,)), 2)  # a megabyte of both is wanted
-    assert head._thread is None
+@pytest.mark.parametrize("most_bytes", [None, 0])
+def test_short_checkpoints_are_left_alone_and_start_no_thread(tmp_path: Path, noted: Noted, most_bytes: int | None) -> None:
+    """A megabyte of each of two is wanted."""
+    length = (MIB // 16,) if most_bytes is None else (8 * MIB,)
+    before = threading.active_count()
+    head = HeadStart(most_bytes)
+    head.opened([checkpoint(tmp_path / name, length, length) for name in "ab"])
+    assert threading.active_count() == before
     head.close()
-    assert not asked
+    assert not noted
 
 
-def test_inputs_in_the_cache_are_left_alone(
-    tmp_path: Path, asked: list[tuple[str, int, int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(files.InputFile, "is_cached", lambda self, offset: self.location.name == "a")
-    head = HeadStart(64 * MIB)
-    for name in "ab":
-        head.opened(checkpoint(tmp_path / name, (4 * MIB,)), 2)
-    ended(head, asked, 1)
-    assert {name for name, _, _ in asked} == {"b"}
+def test_inputs_in_the_cache_are_left_alone(tmp_path: Path, noted: Noted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ends of a range may be there, since the headers around it were read."""
+    ends = {0, 16 * MIB - 1}
+    monkeypatch.setattr(files.InputFile, "is_cached", lambda file, at: file.location.name == "a" or at in ends)
+    both = [checkpoint(tmp_path / name, (4 * MIB,)) for name in "ab"]
+    assert read(noted, 1, *both) == [("b", 0, 16 * MIB)]
 
 
-def test_a_file_that_cannot_be_read_is_no_error_here(
-    tmp_path: Path, asked: list[tuple[str, int, int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def gone(self: files.InputFile, offset: int, nbytes: int) -> None:
-        raise ChangedError("it is gone")
+def test_a_file_that_cannot_be_read_is_no_error_here(tmp_path: Path, noted: Noted, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = files.InputFile.read_into_cache
 
-    monkeypatch.setattr(files.InputFile, "will_need", gone)
-    head = HeadStart(64 * MIB)
-    head.opened(checkpoint(tmp_path / "a", (4 * MIB,)), 1)
-    assert head._thread is not None
-    head._thread.join(60)
-    assert not head._thread.is_alive()
-    head.close()
+    def gone(self: files.InputFile, offset: int, nbytes: int, sink: int) -> None:
+        if self.location.name == "a":
+            raise ChangedError("it is gone")
+        good(self, offset, nbytes, sink)
 
-
-def test_the_thread_ends_when_all_is_asked_for(tmp_path: Path, asked: list[tuple[str, int, int]]) -> None:
-    head = HeadStart(8 * MIB)
-    head.opened(checkpoint(tmp_path / "a", (4 * MIB,)), 1)
-    assert head._thread is not None
-    head._thread.join(60)
-    assert not head._thread.is_alive()
-    assert [(start, stop) for _, start, stop in asked] == [(0, 4 * MIB), (4 * MIB, 8 * MIB)]
-    head.opened(checkpoint(tmp_path / "b", (4 * MIB,)), 1)  # too late: nothing is asked for, and nothing waits
-    head.close()
-    assert {name for name, _, _ in asked} == {"a"}
+    monkeypatch.setattr(files.InputFile, "read_into_cache", gone)
+    three = [checkpoint(tmp_path / name, (4 * MIB,)) for name in "abc"]
+    (tmp_path / "b").unlink()
+    assert read(noted, 1, *three) == [("c", 0, 16 * MIB)]
 
 
 @pytest.fixture
@@ -165,55 +128,46 @@ def pair(tmp_path: Path) -> Iterator[list[Path]]:
     for seed, path in enumerate(paths):
         save_file({"w": torch.randn(MIB, generator=torch.Generator().manual_seed(seed))}, path)
     yield paths
-    assert not [each for each in threading.enumerate() if each.name == "streammerge-head-start"]
+    assert not [each for each in threading.enumerate() if each.name == "streammerge-cache-reader"]
 
 
 @pytest.mark.parametrize("executor", ["threads", "processes"])
-def test_a_merge_asks_for_both_inputs(
-    pair: list[Path], tmp_path: Path, asked: list[tuple[str, int, int]], executor: str
-) -> None:
-    sm.merge(pair, tmp_path / "out.safetensors", executor=executor)
-    for path in pair:
-        ((start, stop),) = of(path.name, asked)
-        assert (stop - start, stop) == (4 * MIB, path.stat().st_size)
+def test_a_merge_reads_the_beginnings_of_all_inputs(pair: list[Path], tmp_path: Path, noted: Noted, executor: str) -> None:
+    def wait(event: object) -> None:
+        wait_until(lambda: len(noted) == 2)
+
+    sm.merge(pair, tmp_path / "out.safetensors", executor=executor, listener=wait)
+    assert sorted(noted) == [(path.name, path.stat().st_size - 4 * MIB, path.stat().st_size) for path in pair]
 
 
-def test_a_plan_and_a_polite_merge_ask_for_nothing(
-    pair: list[Path], tmp_path: Path, asked: list[tuple[str, int, int]]
-) -> None:
+def test_a_plan_and_a_polite_merge_read_nothing(pair: list[Path], tmp_path: Path, noted: Noted) -> None:
     sm.plan(pair, tmp_path / "out.safetensors")
     sm.merge(pair, tmp_path / "out.safetensors", polite=True)
-    assert not asked
+    assert not noted
 
 
+@pytest.mark.usefixtures("noted")
 def test_a_merge_that_is_refused_leaves_no_thread(pair: list[Path], tmp_path: Path) -> None:
     save_file({"w": torch.zeros(3 * MIB // 4)}, tmp_path / "c.safetensors")
     with pytest.raises(sm.MismatchError):
         sm.merge([*pair, tmp_path / "c.safetensors"], tmp_path / "out.safetensors")
 
 
-def test_the_bound_is_a_share_of_the_memory(
-    tmp_path: Path, asked: list[tuple[str, int, int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_bound_is_a_share_of_the_memory(tmp_path: Path, noted: Noted, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "memory_bytes", lambda: 64 * MIB)
-    head = HeadStart()
-    head.opened(checkpoint(tmp_path / "a", (16 * MIB,)), 1)
-    ended(head, asked, 2)
-    assert [(start, stop) for _, start, stop in asked] == [(0, 4 * MIB), (4 * MIB, 8 * MIB)]
+    assert read(noted, 1, checkpoint(tmp_path / "a", (16 * MIB,)), most_bytes=None) == [("a", 0, 8 * MIB)]
 
 
-def test_the_system_reads_what_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_system_has_read_what_was_said(tmp_path: Path) -> None:
     """Of a real file that is not in the cache, as far as this disk lets files be dropped from it."""
-    monkeypatch.undo()
     path = tmp_path / "a"
     path.write_bytes(bytes(300 * MIB))
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        if system.is_cached(file.fileno(), 0):
+        if system.is_cached(file.fileno(), 4 * MIB):
             pytest.skip("this file system keeps its pages")
-        head = HeadStart(8 * MIB)
-        head.opened(checkpoint(path, (75 * MIB,)), 1)
-        wait_until(lambda: all(system.is_cached(file.fileno(), place) for place in (0, 5 * MIB, 8 * MIB - 1)))
-        head.close()
+        with closing(HeadStart(8 * MIB)) as head:
+            head.opened([checkpoint(path, (75 * MIB,))])
+            wait_until(lambda: all(system.is_cached(file.fileno(), place) for place in (0, 5 * MIB, 8 * MIB - 1)))
         assert not system.is_cached(file.fileno(), 200 * MIB)

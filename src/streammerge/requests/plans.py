@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from streammerge.checkpoints.agreement import agreed
@@ -24,13 +24,13 @@ from streammerge.units import decimal_bytes, parse_bytes
 if TYPE_CHECKING:
     from streammerge.planning.stages import Opened
 
-OnOpened = Callable[[Mapping[str, Source], int], object]
+OnOpened = Callable[[Sequence[Mapping[str, Source]]], object]
 _LONG_BYTES = 1 << 30
 """An output of so many bytes is worth a word about interruptions."""
 
 
-def unheard(entries: Mapping[str, Source], count: int) -> None:
-    """Is told of a checkpoint that is opened, and does nothing."""
+def unheard(checkpoints: Sequence[Mapping[str, Source]]) -> None:
+    """Is told of the checkpoints that are open, and does nothing."""
 
 
 def planned(
@@ -48,7 +48,7 @@ def planned(
 
     ``convert_first``: a folder of converted inputs, which are read where they are current. ``hashed``: whether the receipt
     gets the SHA-256 of each input. ``held``: the state dicts in memory. ``like``: whether the first checkpoint gets the
-    tensors of the second. ``on_opened`` is called with the tensors of each checkpoint that is opened, and their number.
+    tensors of the second. ``on_opened`` is called with the tensors of the checkpoints when their headers are read.
     Raises the errors of :func:`streammerge.plan`.
     """
     if FACTORS.get(recipe.merge_method.name) is recipe.merge_method:
@@ -106,7 +106,7 @@ def _indexes(
         for known in indexes.values():
             index.share(known)
         indexes[each] = index
-        on_opened(index.entries, len(recipe.checkpoints))
+    on_opened([index.entries for index in indexes.values()])
     if convert_first is not None:
         from streammerge.checkpoints.conversions import from_conversion
 

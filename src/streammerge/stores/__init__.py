@@ -13,6 +13,7 @@ Each module imports only modules above it::
     ahead        blocks of remote files, fetched before they are read
     base         the protocol: Location, Store, Input, Output, Staging
     space        errors of outputs that cannot be written
+    caching      ranges of local files, read into the cache of the system
     digests      the bytes of a file without some of its ranges
     descriptors  open files, bounded
     system       calls that a file system or platform may lack

@@ -251,6 +251,11 @@ class Input(ABC):
         """Asks the system to read the range into its cache, and does not wait for it. Does nothing where it cannot."""
         return
 
+    def read_into_cache(self, offset: int, nbytes: int, sink: int) -> None:
+        """Reads the range into the system's cache, and waits for it. Does nothing where the system has no such call.
+        ``sink``: a descriptor of the null device."""
+        return
+
     def alone(self, offset: int, nbytes: int) -> memoryview:
         """Returns the bytes of a short range near which nothing is read soon: of a remote file no more than these are asked
         for. ChangedError when the file ends before."""

@@ -136,6 +136,10 @@ class InputFile(Input):
             for start in range(offset, stop, self._step):
                 system.read_ahead(fd, start, min(self._step, stop - start))
 
+    def read_into_cache(self, offset: int, nbytes: int, sink: int) -> None:
+        with self.descriptor as fd:
+            system.read_into_cache(fd, offset, nbytes, sink)
+
     def read_into(self, buffer: memoryview, offset: int) -> None:
         with self.descriptor as fd:
             done = system.pread_into(fd, buffer, offset)
