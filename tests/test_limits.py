@@ -80,3 +80,9 @@ def test_a_budget_below_need_ends_before_an_input_is_read(inputs: list[Path], tm
     assert "--memory" in refused.output
     assert refused.disk_read < 16 << 20
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_the_memory_that_a_process_may_have_is_known() -> None:
+    code = "from streammerge.running import process; print(process.memory_bytes())"
+    assert int(measure([sys.executable, "-c", code], 300 << 20).output) == 300 << 20
+    assert int(measure([sys.executable, "-c", code]).output) > 300 << 20

@@ -74,7 +74,7 @@ def test_memory_is_that_of_the_machine_or_of_a_control_group(tmp_path: Path, mon
     assert process.memory_bytes() == 700_000_000, "the group above has a limit"
     (home / "user.slice" / "app" / "memory.max").write_text("500000000\n")
     assert process.memory_bytes() == 500_000_000
-    groups.write_text("12:cpu:/other\n11:memory:/docker/1\n1:name=systemd:/\n")
+    groups.write_text("12:cpu:/other\n11:memory,hugetlb:/docker/1\n1:name=systemd:/\n")
     (home / "memory" / "docker" / "1").mkdir(parents=True)
     (home / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
     (home / "memory" / "docker" / "1" / "memory.limit_in_bytes").write_text("300000000\n")

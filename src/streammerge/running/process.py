@@ -35,8 +35,8 @@ def memory_bytes() -> int:
     with contextlib.suppress(OSError):
         for line in _GROUPS.read_text().splitlines():
             _, kinds, path = line.split(":", 2)
-            if kinds in ("", "memory"):
-                home, file = (_GROUP_HOME / kinds, "memory.limit_in_bytes" if kinds else "memory.max")
+            if not kinds or "memory" in kinds.split(","):
+                home, file = (_GROUP_HOME / "memory", "memory.limit_in_bytes") if kinds else (_GROUP_HOME, "memory.max")
                 group = home / path.lstrip("/")
                 for folder in (group, *group.parents):
                     with contextlib.suppress(OSError, ValueError):  # "max" is no number
