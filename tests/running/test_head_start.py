@@ -62,6 +62,9 @@ def read(noted: Noted, count: int, *checkpoints: dict[str, Source], most_bytes: 
     with closing(HeadStart(most_bytes)) as head:
         head.opened(checkpoints)
         wait_until(lambda: len(noted) >= count)
+        files_open = head._files
+        assert files_open._files
+    assert not files_open._files
     return sorted(noted)
 
 
