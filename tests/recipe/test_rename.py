@@ -80,7 +80,7 @@ def test_a_pattern_that_takes_for_ever_is_stopped() -> None:
     started = time.monotonic()
     with pytest.raises(sm.RecipeError, match="takes for ever"):
         renamed(["a" * 4000 + "!"], parse_renames(r"/^(a|a|aa)+$/=x"))
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
 
 
 @pytest.mark.parametrize("command", ["merge", "plan"])
