@@ -69,14 +69,14 @@ def read(noted: Noted, count: int, *checkpoints: dict[str, Source], most_bytes: 
 
 
 def test_each_checkpoint_has_its_share(tmp_path: Path, noted: Noted) -> None:
-    both = [checkpoint(tmp_path / name, (2 * MIB,), (3,), (2 * MIB,), begin=40) for name in "ab"]
-    share = 12 * MIB
+    both = [checkpoint(tmp_path / name, (MIB,), (3,), (2 * MIB,), begin=40) for name in "ab"]
+    share = 6 * MIB
     assert read(noted, 2, *both, most_bytes=2 * share) == [(name, 40, 40 + share) for name in "ab"]
 
 
 def test_long_ranges_are_read_in_parts(tmp_path: Path, noted: Noted) -> None:
-    found = read(noted, 3, checkpoint(tmp_path / "a", (9 * MIB,)))
-    assert found == [("a", 0, 16 * MIB), ("a", 16 * MIB, 32 * MIB), ("a", 32 * MIB, 36 * MIB)]
+    found = read(noted, 3, checkpoint(tmp_path / "a", (5 * MIB,)))
+    assert found == [("a", 0, 8 * MIB), ("a", 8 * MIB, 16 * MIB), ("a", 16 * MIB, 20 * MIB)]
 
 
 def test_neighbours_are_one_range_and_pieces_are_read_where_they_lie(tmp_path: Path, noted: Noted) -> None:
@@ -87,8 +87,8 @@ def test_neighbours_are_one_range_and_pieces_are_read_where_they_lie(tmp_path: P
 
 def test_what_has_no_place_in_a_file_is_passed_over(tmp_path: Path, noted: Noted) -> None:
     spec = TensorSpec("c", DType.F32, (MIB,))
-    entries: dict[str, Source] = {"c": Constant(spec, 1.0), **checkpoint(tmp_path / "a", (), (0, 3), (2 * MIB,))}
-    assert read(noted, 1, entries) == [("a", 0, 4 + 8 * MIB)]
+    entries: dict[str, Source] = {"c": Constant(spec, 1.0), **checkpoint(tmp_path / "a", (), (0, 3), (MIB,))}
+    assert read(noted, 1, entries) == [("a", 0, 4 + 4 * MIB)]
 
 
 @pytest.mark.parametrize("most_bytes", [None, 0])
@@ -105,10 +105,10 @@ def test_short_checkpoints_are_left_alone_and_start_no_thread(tmp_path: Path, no
 
 def test_inputs_in_the_cache_are_left_alone(tmp_path: Path, noted: Noted, monkeypatch: pytest.MonkeyPatch) -> None:
     """The ends of a range may be there, since the headers around it were read."""
-    ends = {0, 16 * MIB - 1}
+    ends = {0, 8 * MIB - 1}
     monkeypatch.setattr(files.InputFile, "is_cached", lambda file, at: file.location.name == "a" or at in ends)
-    both = [checkpoint(tmp_path / name, (4 * MIB,)) for name in "ab"]
-    assert read(noted, 1, *both) == [("b", 0, 16 * MIB)]
+    both = [checkpoint(tmp_path / name, (2 * MIB,)) for name in "ab"]
+    assert read(noted, 1, *both) == [("b", 0, 8 * MIB)]
 
 
 def test_a_file_that_cannot_be_read_is_no_error_here(tmp_path: Path, noted: Noted, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,9 +120,9 @@ def test_a_file_that_cannot_be_read_is_no_error_here(tmp_path: Path, noted: Note
         good(self, offset, nbytes, sink)
 
     monkeypatch.setattr(files.InputFile, "read_into_cache", gone)
-    three = [checkpoint(tmp_path / name, (4 * MIB,)) for name in "abc"]
+    three = [checkpoint(tmp_path / name, (2 * MIB,)) for name in "abc"]
     (tmp_path / "b").unlink()
-    assert read(noted, 1, *three) == [("c", 0, 16 * MIB)]
+    assert read(noted, 1, *three) == [("c", 0, 8 * MIB)]
 
 
 @pytest.fixture

@@ -43,15 +43,15 @@ def threads() -> list[Any]:
 def test_ranges_are_read_in_parts_side_by_side_and_in_order() -> None:
     file = File()
     with closing(CacheReader(3)) as reader:
-        reader.read(file, 5, 40 * MIB)
+        reader.read(file, 5, 20 * MIB)
         reader.read(file, 100 * MIB, 7)
         wait_until(lambda: len(file.noted) == 3)
         file.free.set()
         wait_until(lambda: len(file.noted) == 4)
     assert sorted(file.noted) == [
-        (5, 16 * MIB),
-        (5 + 16 * MIB, 16 * MIB),
-        (5 + 32 * MIB, 8 * MIB),
+        (5, 8 * MIB),
+        (5 + 8 * MIB, 8 * MIB),
+        (5 + 16 * MIB, 4 * MIB),
         (100 * MIB, 7),
     ]
     assert file.noted[3] == (100 * MIB, 7)

@@ -15,7 +15,7 @@ from streammerge.errors import StreammergeError
 from streammerge.stores.base import Input
 
 _STREAMS = 4
-_MOST_BYTES = 16 << 20
+_MOST_BYTES = 8 << 20
 """The longest range of one call. Who closes waits for the calls of this moment."""
 
 
