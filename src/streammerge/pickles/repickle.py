@@ -82,10 +82,10 @@ def repickle(root: Any, edit: Edit | None = None) -> bytes:
     return b"".join(part for part in stream(root, edit) if isinstance(part, bytes))
 
 
-def stream(root: Any, edit: Edit | None = None, *, headers: Sequence[bytes] = ()) -> Stream:
+def stream(root: Any, edit: Edit | None = None, *, headers: Sequence[bytes] = (), origin: str = "the pickle") -> Stream:
     """Returns the pickle of a tree in parts. Raises FormatError as :func:`repickle` does.
 
-    ``headers``: texts in UTF-8 at its begin. A loader reads them and drops them.
+    ``headers``: texts in UTF-8 at its begin. A loader reads them and drops them. ``origin``: what an error calls the tree.
     """
     writer = _Writer(edit or Edit())
     try:
@@ -94,7 +94,7 @@ def stream(root: Any, edit: Edit | None = None, *, headers: Sequence[bytes] = ()
         writer.save(root)
     except RecursionError as error:
         raise FormatError(
-            "the pickle is nested too deeply to be written again; write a .safetensors file instead"
+            f"{origin} is nested too deeply to be written again; write a .safetensors file instead"
         ) from error
     return writer.parts()
 

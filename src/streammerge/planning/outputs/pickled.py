@@ -121,10 +121,11 @@ def pickled_file(
     sums = blank_sums([spec.nbytes for spec, _, _ in builder.tensors.values()])
     told = beside(sums, dispositions, filter(None, (m or source for _, m, source in builder.tensors.values())))
     if plain:
-        pickle = stream(tree, edit, headers=[plain_pickle.header(key, text) for key, text in told.items()])
+        headers = [plain_pickle.header(key, text) for key, text in told.items()]
+        pickle = stream(tree, edit, headers=headers, origin=printable(base.path))
         file = plain_pickle.plan_layout(name, pickle, told[RECEIPT_KEY])
     else:
-        pickle = stream(tree, edit)
+        pickle = stream(tree, edit, origin=printable(base.path))
         file = torch_zip.plan_layout(name, pickle, builder.storages, base.container.magic, told)
     pickle_bytes = sum(len(part) for part in pickle if isinstance(part, bytes))
     if base.container.enclosed is not None and stays_enclosed(name, base):
