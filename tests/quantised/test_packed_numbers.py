@@ -105,6 +105,10 @@ def test_zero_points_and_the_order_of_groups() -> None:
         ),
         ({"m.weight_shape": torch.tensor([ROWS, -8])}, r"is no pack of shape \[40, -8\]"),
         ({"m.weight_scale": torch.ones(3, 6)}, "are no scales of I8"),
+        (
+            {"m.weight_packed": NIBBLES, "m.weight_scale": SCALES},
+            r"m\.weight has no m\.weight_global_scale, by which nvfp4 is scaled",
+        ),
         ({"m.weight_zero_point": torch.ones(9, 6).int()}, "zero points of 4 bits"),
         ({"m.weight_g_idx": torch.ones(9).int()}, "does not give the groups of 192 columns"),
         ({"m.weight_packed": torch.ones(9).int()}, r"of shape \[9\] is no pack of a matrix"),
@@ -116,6 +120,25 @@ def test_helpers_must_fit(parts: Tensors, said: str) -> None:
     whole["m.weight_shape"] = torch.tensor([ROWS, COLUMNS])
     with pytest.raises(sm.MismatchError, match=said):
         converted(whole | parts)
+
+
+def test_groups_must_be_as_the_configuration_states() -> None:
+    """Five scales for 192 columns could mean groups of 39."""
+    parts = {"m.weight_packed": packed(CODES, 4), "m.weight_scale": torch.ones(ROWS, 5)}
+    parts["m.weight_shape"] = torch.tensor([ROWS, COLUMNS])
+    config = {"config_groups": {"group_0": {"weights": {"num_bits": 4, "group_size": 32}}}}
+    with pytest.raises(sm.MismatchError, match=r"of 192 columns has 5 scales in a row, and .* states groups of 32"):
+        converted(parts, config)
+
+
+def test_what_only_helps_to_read_is_not_told_as_unused() -> None:
+    """The shape of a pack, and the scale of activations, go into no tensor of the output."""
+    for name in "ab":
+        parts = {"m.weight_packed": packed(CODES, 4), "m.weight_scale": torch.ones(ROWS, 6)}
+        parts |= {"m.weight_shape": torch.tensor([ROWS, COLUMNS]), "m.input_scale": torch.ones(1)}
+        save_file(parts, f"{name}.safetensors")
+    result = sm.merge(["a.safetensors", "b.safetensors"], "c.safetensors", strict=True)
+    assert not result.warnings
 
 
 def test_a_format_that_is_not_read_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from conftest import load_safetensors
 from safetensors.torch import save_file
 
 import streammerge as sm
-from quantised.samples import E2M1, FP8, Tensors, fp8_blocks, in_blocks
+from quantised.samples import E2M1, FP8, FP8_CONFIG, Tensors, fp8_blocks, in_blocks
 
 CODES = torch.randn(200, 300, generator=torch.Generator().manual_seed(1)).to(FP8)
 BYTES = torch.randint(-128, 128, (200, 300), generator=torch.Generator().manual_seed(2)).char()
@@ -95,6 +96,46 @@ def test_scales_must_fit(scales: torch.Tensor, said: str, tmp_path: Path, monkey
     where = r"^a\.safetensors is quantised: scaled fp8 or int8, but the quantised weight m\.weight .*"
     with pytest.raises(sm.MismatchError, match=where + said):
         sm.convert("a.safetensors", "b.safetensors")
+
+
+def test_scales_that_do_not_fit_the_stated_blocks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two scales for 300 columns could mean blocks of 150, but the configuration says 128."""
+    monkeypatch.chdir(tmp_path)
+    Path("a").mkdir()
+    save_file({"m.weight": torch.zeros(200, 300).to(FP8), "m.weight_scale_inv": torch.ones(2, 2)}, "a/model.safetensors")
+    sm.convert("a", "guessed.safetensors")
+    Path("a/config.json").write_text(json.dumps({"quantization_config": FP8_CONFIG}))
+    with pytest.raises(
+        sm.MismatchError, match=r"has scales of shape \[2, 2\], and its configuration states no blocks that fit"
+    ):
+        sm.convert("a", "b.safetensors")
+
+
+@pytest.mark.parametrize("end", ["weight_scale_inv", "weight_scale"])
+def test_a_weight_without_its_scale_is_refused_where_others_have_one(
+    end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard that was not copied: the codes alone are numbers too, a hundred times as large as the weights."""
+    monkeypatch.chdir(tmp_path)
+    whole = {f"{name}.weight": CODES.clone() for name in "mn"} | {f"{name}.{end}": ONE.clone() for name in "mn"}
+    save_file(whole, "a.safetensors")
+    save_file({name: tensor for name, tensor in whole.items() if name != f"n.{end}"}, "b.safetensors")
+    for inputs in (["a.safetensors", "b.safetensors"], ["b.safetensors", "a.safetensors"]):
+        with pytest.raises(
+            sm.MismatchError,
+            match=rf"^b\.safetensors is quantised: .* n\.weight has no n\.{end}, as others have; copy the file",
+        ):
+            sm.merge(inputs, "c.safetensors")
+
+
+def test_plain_8_bit_floats_need_no_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone, and in ComfyUI's older form, where a layer without a scale has the scale 1."""
+    monkeypatch.chdir(tmp_path)
+    save_file({"m.weight": CODES}, "a.safetensors")
+    save_file({"m.weight": CODES, "n.weight": CODES.clone(), "n.scale_weight": ONE[0].clone()}, "b.safetensors")
+    for name in "ab":
+        sm.convert(f"{name}.safetensors", f"{name}32.safetensors", dtype="float32")
+        assert torch.equal(load_safetensors(Path(f"{name}32.safetensors"))["m.weight"], PLAIN)
 
 
 def test_scales_that_are_not_finite_stop_a_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,8 @@ from streammerge.tensors.spec import TensorSpec
         (576, 9, None, 64),
         (100, 4, None, 25),
         (100, 4, 30, 30),
+        (100, 4, 20, None),
+        (576, 5, 64, 128),
         (100, 3, None, None),
         (100, 0, None, None),
         (64, 1, None, 128),

@@ -166,7 +166,7 @@ def _account(name: str, index: CheckpointIndex, uses: _Uses, reasons: _Reasons) 
         lost = [(table.names[row], table.at(row)) for row in uses.of_table(table, account)]
     else:
         lost = entries.items()
-    why = _Why(index, reasons)
+    why, helpers = _Why(index, reasons), _helpers(index)
     for own, entry in lost:
         old = index.renamed.get(own, own)
         account.spooled += _is_deflated(entry)
@@ -176,10 +176,22 @@ def _account(name: str, index: CheckpointIndex, uses: _Uses, reasons: _Reasons) 
             account.add(("tied", ""), old, index.renamed.get(first, first))
         elif use:
             account.add(use[0] if own in index.entries else ("read", HELPERS), old, use[1])
+        elif own in helpers:
+            account.add(("read", HELPERS), old)  # such as the shape of a pack, which its header tells too
         else:
             account.add(why.of(own, entry), old)
     _add_others(index, uses, account)
     return account
+
+
+def _helpers(index: CheckpointIndex) -> set[str]:
+    """Returns the tensors that only help to read quantised weights, or scale activations of these."""
+    if not index.quantised:
+        return set()
+    from streammerge.quantised.dequantised import scales_activations  # here, because most weights are plain
+
+    found = {name for weight in index.quantised.values() for name in weight.stored[1:]}
+    return found | {*filter(scales_activations, index.stored or ())}
 
 
 def _add_others(index: CheckpointIndex, uses: _Uses, account: Account) -> None:

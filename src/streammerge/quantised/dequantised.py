@@ -58,7 +58,8 @@ def dequantised(index: CheckpointIndex) -> CheckpointIndex:
     kinds = Counter(weight.scheme for weight in weights.values())
     said = ", ".join(f"{count} as {scheme}" for scheme, count in kinds.most_common())
     note = (
-        f"{printable(index.path)}: {counted(len(weights), 'quantised weight')} are dequantised while they are read: {said}"
+        f"{printable(index.path)}: {counted(len(weights), 'quantised weight')} {'are' if len(weights) > 1 else 'is'} "
+        f"dequantised while being read: {said}"
     )
     tied = _tied(entries) if index.aliases else {}
     return replace(index, entries=entries, aliases=tied, notes=[*index.notes, note], quantised=weights, stored=index)
@@ -133,4 +134,9 @@ def _parts(source: Source) -> Iterator[Source]:
 def _helpers(index: CheckpointIndex, weights: Mapping[str, QuantisedWeight]) -> list[str]:
     """Returns the names of tensors that are no weights: helpers of weights, and scales of activations."""
     found = [name for weight in weights.values() for name in weight.stored[1:]]
-    return [*found, *(name for name in index.specs() if _OF_ACTIVATIONS.search(name))]
+    return [*found, *filter(scales_activations, index.specs())]
+
+
+def scales_activations(name: str) -> bool:
+    """Whether a tensor of this name, beside quantised weights, has a meaning for quantised activations only."""
+    return _OF_ACTIVATIONS.search(name) is not None

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from streammerge.checkpoints.index import QuantisedWeight
+from streammerge.errors import listed, printable
 from streammerge.quantised.stored import Found, StoredTensors
 from streammerge.sources.base import Source
 from streammerge.sources.deflated import Damaged, read_small
@@ -46,6 +47,10 @@ def _of_floats(
     shape = (*codes.spec.shape[:-1], 2 * codes.spec.shape[-1])
     kind, width = ("nvfp4", 16) if scales.spec.dtype is DType.F8_E4M3 else ("mxfp4", 32)
     whole = stored.get(name + whole_end)
+    if whole is None and kind == "nvfp4":
+        raise stored.wrong(
+            name, f"has no {printable(name + whole_end)}, by which nvfp4 is scaled; copy the file that holds it, too"
+        )
     numbers = unpacked(name, codes, shape, 4, floats=True)
     made = scaled(name, numbers, scales, (1, width), whole=whole, divides=divides)
     parts = [f"{name}{end}", f"{name}_scale", *([name + whole_end] if whole is not None else [])]
@@ -59,6 +64,7 @@ def _of_integers(stored: StoredTensors, name: str, codes: Source, scales: Source
     parts = tuple(name + end for end in ends if stored.get(name + end) is not None)
     groups, packed_zeros = stored.get(f"{name}_g_idx"), stored.get(f"{name}_zero_point")
     bits, columns = _form(stored, name, codes, scales)
+    _refuse_other_groups(stored, name, bits, columns, scales, groups)
     shape = (*codes.spec.shape[:-1], columns)
     numbers = unpacked(name, codes, shape, bits)
     count = scales.spec.shape[-1] if len(scales.spec.shape) > 1 else 1
@@ -96,6 +102,20 @@ def _form(stored: StoredTensors, name: str, codes: Source, scales: Source) -> tu
             name, f"of shape {list(codes.spec.shape)} is no pack of shape {list(sizes)}, which its helper states"
         )
     raise stored.wrong(name, "is a pack, and neither its configuration nor weight_shape tells its bits and columns")
+
+
+def _refuse_other_groups(
+    stored: StoredTensors, name: str, bits: int, columns: int, scales: Source, groups: Source | None
+) -> None:
+    """Raises MismatchError if a row has more scales than one, and not as many as any group of the configuration has."""
+    count = scales.spec.shape[-1] if len(scales.spec.shape) > 1 else 1
+    sizes = [size for known, size in _stated(stored.config) if known == bits]
+    if count > 1 and groups is None and sizes and all(sizes) and all(-(-columns // size) != count for size in sizes):
+        raise stored.wrong(
+            name,
+            f"of {columns} columns has {count} scales in a row, and its configuration states groups of "
+            f"{listed([str(size) for size in dict.fromkeys(sizes)])}",
+        )
 
 
 def _stated(config: Mapping[str, Any]) -> Iterator[tuple[int, int]]:

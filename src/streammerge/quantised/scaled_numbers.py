@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from streammerge.checkpoints.index import QuantisedWeight
+from streammerge.errors import printable
 from streammerge.quantised.stored import Found, StoredTensors, block_of, pair_of
 from streammerge.sources.base import Source
 from streammerge.sources.narrow import SCALES
@@ -25,10 +27,13 @@ _ENDS = (
     (".scale_weight", "{}.weight"),
 )
 """The end of a scale's name -> the name of the codes."""
+_NEEDED = ("_scale_inv", "_scale")
+"""Where one weight has such a scale, all have. In ComfyUI's older form, a weight without a scale has the scale 1."""
 
 
 def scaled_numbers(stored: StoredTensors) -> Iterator[Found]:
-    """Yields 8-bit weights with scales beside them. Raises MismatchError for scales that do not fit."""
+    """Yields 8-bit weights with scales beside them. Raises MismatchError for scales that do not fit, or are absent."""
+    taken, taken_end = set[str](), ""
     for end, form in _ENDS:
         for stem in stored.by_end.get(end, ()):
             name = form.format(stem)
@@ -43,7 +48,12 @@ def scaled_numbers(stored: StoredTensors) -> Iterator[Found]:
                 continue
             if codes.spec.dtype is DType.I8 and end == ".scale":
                 continue  # a name of many meanings
+            taken.add(name)
+            if codes.spec.dtype in CODES[:2] and end in _NEEDED:
+                taken_end = end
             yield _found(stored, name, codes, scales, stored.get(f"{name}_zero_point"))
+    if taken_end:
+        _refuse_without_scale(stored, taken, taken_end)
 
 
 def _found(stored: StoredTensors, name: str, codes: Source, scales: Source, zeros: Source | None) -> Found:
@@ -75,7 +85,9 @@ def _block(stored: StoredTensors, name: str, codes: Source, scales: Source) -> t
         return max(rows, 1), max(columns, 1)
     if grid in ((*shape[:-1], 1), shape[:-1]):  # a scale for each row
         return 1, columns
-    stated = pair_of(stored.config.get("weight_block_size") or _structure(stored.config))
+    stated = pair_of(stored.config.get("weight_block_size"))
+    if stated == (None, None):
+        stated = _structure(stored.config, rows, columns, grid)
     if len(grid) != len(shape) or len(grid) < 2 or grid[:-2] != shape[:-2]:
         raise stored.wrong(name, f"of shape {list(shape)} has scales of shape {list(grid)}, which do not fit it")
     height, width = block_of(rows, grid[-2], stated[0]), block_of(columns, grid[-1], stated[1])
@@ -87,11 +99,26 @@ def _block(stored: StoredTensors, name: str, codes: Source, scales: Source) -> t
     return height, width
 
 
-def _structure(config: Any) -> Any:
-    """Returns the block that a configuration of compressed-tensors states."""
+def _structure(config: Any, rows: int, columns: int, grid: tuple[int, ...]) -> tuple[int | None, int | None]:
+    """Returns the block that a configuration of compressed-tensors states, if it fits: each of its groups may have another."""
     groups = config.get("config_groups")
     for group in groups.values() if isinstance(groups, dict) else ():
         weights = group.get("weights") if isinstance(group, dict) else None
-        if isinstance(weights, dict) and weights.get("block_structure"):
-            return weights["block_structure"]
-    return None
+        height, width = pair_of(weights.get("block_structure")) if isinstance(weights, dict) else (None, None)
+        if height and width and min(height, width) > 0 and grid[-2:] == (-(-rows // height), -(-columns // width)):
+            return height, width
+    return None, None
+
+
+def _refuse_without_scale(stored: StoredTensors, taken: AbstractSet[str], end: str) -> None:
+    """Raises MismatchError for a matrix of 8-bit floats without a scale, whose codes would be taken for its numbers.
+
+    ``taken``: the weights with a scale beside them, whose name ends in ``end``.
+    """
+    for name, spec in stored.specs.items():
+        if spec.dtype in CODES[:2] and len(spec.shape) > 1 and spec.numel and name not in taken:
+            raise stored.wrong(
+                name,
+                f"has no {printable(name + end)}, as others have; copy the file that holds it too, or give the weights "
+                "that were quantised",
+            )

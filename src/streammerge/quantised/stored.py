@@ -72,12 +72,13 @@ Scheme = Callable[[StoredTensors], Iterator[Found]]
 def block_of(size: int, count: int, stated: int | None) -> int | None:
     """Returns how many rows or columns share a scale, if ``count`` scales cover ``size`` of them. None if it is not clear.
 
-    ``stated``: what a configuration says.
+    ``stated``: what a configuration says. If that does not fit, nothing but the usual block is tried.
     """
+    stated = stated if stated and stated > 0 else None
     for block in (stated, USUAL_BLOCK):
-        if block and block > 0 and -(-size // block) == count:
+        if block and -(-size // block) == count:
             return block
-    return size // count if count and size % count == 0 else None
+    return size // count if count and size % count == 0 and stated is None else None
 
 
 def pair_of(value: Any) -> tuple[int | None, int | None]:
