@@ -248,7 +248,10 @@ def merge(
             return _executed(made, running, given, before)
         page = None if report is None else parse(path_of("report", report))
         if page is not None:
+            from streammerge.running.execution import refuse_beside
+
             making.check_possible(page, running.overwrite)
+            refuse_beside("report", page, made, inside=True)
         recorder = recorded.Recorder(running.listener)
         result = _executed(made, replace(running, listener=recorder, measures=True), given, before)
         making.report_merge(result, recorder.samples, page, statistics)
@@ -365,7 +368,7 @@ def convert(
     from streammerge.recipe.arguments import conversion
     from streammerge.requests.inputs import Held, named, opened, path_of
     from streammerge.requests.plans import planned
-    from streammerge.running.execution import refuse_extras
+    from streammerge.running.execution import refuse_beside
 
     asked, naming = picked(Converting, given), picked(Naming, given)
     selection, output, resources = picked(Selecting, given), picked(Writing, given), picked(Resources, given)
@@ -386,7 +389,9 @@ def convert(
         recipe = with_hub_places(conversion(source, asked.drop, asked.keep, overrides, like))
         made = planned(recipe, target, resources, running.executor, hashed=output.hash, held=held, like=like is not None)
         if asked.extras is not None:
-            refuse_extras(parse(asked.extras), made, running.overwrite)
+            beside = parse(asked.extras)
+            beside.check_writable(running.overwrite)
+            refuse_beside("extras", beside, made)
         result = _executed(made, running, given, before)
     if asked.extras is not None:
         place = source if source in held else hub_place(source)
@@ -552,13 +557,16 @@ def diff(
     names = named("a", a, held), named("b", b, held), None if base is None else named("base", base, held)
     from streammerge.diffing.comparing import compare  # here: a merge starts without it
 
-    with _run_options(given) as running:
-        found = compare(names, held, selecting, resources, running.executor, running.listener)
     if report is not None:
         from streammerge.reporting import making  # here, because most comparisons have no report
         from streammerge.requests.inputs import path_of
 
-        making.report_diff(found, parse(path_of("report", report)))
+        page = parse(path_of("report", report))
+        making.check_possible(page, overwrite=True)
+    with _run_options(given) as running:
+        found = compare(names, held, selecting, resources, running.executor, running.listener)
+    if report is not None:
+        making.report_diff(found, page)
     return found
 
 

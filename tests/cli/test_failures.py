@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from conftest import Cli
 from safetensors.torch import save_file
 
+from streammerge.cli import main
 from streammerge.cli.failures import add_note, notes_of, wants_json
 
 COMMANDS = [
@@ -73,3 +75,19 @@ def test_notes_stand_beside_an_error() -> None:
     add_note(error, "one")
     add_note(error, "two")
     assert notes_of(error) == ["one", "two"]
+
+
+def test_a_mistake_of_the_program_is_one_object_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its traceback on stderr: stdout is always one object."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise StopIteration("nothing left")
+
+    monkeypatch.setattr(main.cli, "main", broken)
+    monkeypatch.setattr(sys, "argv", ["streammerge", "merge", "--format", "json"])
+    with pytest.raises(StopIteration):
+        main.main()
+    said = json.loads(capsys.readouterr().out)
+    assert said["error"] == {"class": "StopIteration", "exit_code": 1, "message": "nothing left", "notes": []}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +136,69 @@ def test_the_commands(merged: Path, cli: Cli) -> None:
     assert "exists already" in cli("report", "out", "-o", "page.html", code=2).stderr
     cli("merge", "chat", "base", "-o", "two.safetensors", "--integers", "first", "--report", "two.html")
     assert "everything was used" in text_of(Path("two.html").read_text())
+
+
+def test_a_report_replaces_only_a_report(merged: Path, cli: Cli) -> None:
+    """Whatever may be replaced, a page takes neither the place of an input nor that of an output."""
+    one, two = sorted(Path().glob("c*/model.safetensors"))
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    for typed in (
+        ["diff", "chat", "code", "--report", one],
+        ["diff", "chat", "code", "--report", "chat/config.json"],
+        ["report", "out", "-o", "out/model.safetensors", "--overwrite"],
+        [
+            "merge",
+            one,
+            two,
+            "-o",
+            "n.safetensors",
+            "--report",
+            one,
+            "--overwrite",
+            "--on-missing",
+            "base",
+            "--integers",
+            "first",
+        ],
+    ):
+        assert "is no report, and would be lost; choose another name" in cli(*typed, code=2).stderr
+    for page in ("n.safetensors", "chat/page.html"):
+        said = cli("merge", "chat", "base", "-o", "n.safetensors", "--integers", "first", "--report", page, code=2).stderr
+        assert f"--report {page} is, or lies in, an input or the output" in said
+    for page in ("chat", "file/page.html"):
+        Path("file").touch()
+        cli("merge", "chat", "base", "-o", "n.safetensors", "--integers", "first", "--report", page, "--overwrite", code=2)
+    assert {path: path.read_bytes() for path in before} == before
+    assert not Path("n.safetensors").exists()
+    for _ in range(2):
+        cli("diff", "chat", "code", "--report", "new/folder/diff.html", code=1)
+    assert text_of(Path("new/folder/diff.html").read_text())
+
+
+def test_a_place_where_no_report_can_be_written_is_told_before_the_merge(
+    merged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("locked").mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, *a, **k: Path(path).name != "locked" and access(path, *a, **k))
+    monkeypatch.setattr(os, "supports_effective_ids", {os.access})
+    with pytest.raises(sm.RecipeError, match=r"cannot write beside locked/new/page\.html: Permission denied"):
+        sm.merge(["chat", "base"], "none.safetensors", integers="first", report="locked/new/page.html")
+    assert not Path("none.safetensors").exists()
+
+
+def test_a_home_that_cannot_be_written_is_no_matter(merged: Path) -> None:
+    """matplotlib then takes a temporary folder, which goes with the process, and says nothing."""
+    Path("tmp").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "streammerge", "report", "out", "-o", "page.html", "--no-compare"],
+        env={**os.environ, "HOME": "/proc/nothing", "TMPDIR": str(merged / "tmp"), "MPLCONFIGDIR": "/proc/nothing"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+    assert not list(Path("tmp").iterdir())
 
 
 def test_without_the_extra_the_command_says_what_to_install(merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:

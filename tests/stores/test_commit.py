@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
 import threading
 from pathlib import Path
 
@@ -169,6 +170,38 @@ def test_what_another_user_has_left_is_told(tmp_path: Path, monkeypatch: pytest.
     os.chown(folder, 0, -1)
     with pytest.raises(sm.RecipeError, match=r"cannot write beside .*: Permission denied"):
         parse(tmp_path / "out.safetensors").stage()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes the place of another user")
+def test_a_folder_of_others_is_told_before_anything_is_made(tmp_path: Path) -> None:
+    folder = Path(tempfile.mkdtemp())
+    try:
+        folder.chmod(0o755)
+        os.seteuid(65534)
+        try:
+            for name in ("x", "new/x"):
+                with pytest.raises(sm.RecipeError, match=rf"cannot write beside .*/{name}: Permission denied"):
+                    parse(folder / name).check_writable(overwrite=True)
+        finally:
+            os.seteuid(0)
+        parse(folder / "x").check_writable(overwrite=True)
+    finally:
+        folder.rmdir()
+
+
+def test_the_root_is_no_output(tmp_path: Path) -> None:
+    for name in ("/", "//", "/."):
+        with pytest.raises(sm.RecipeError, match="is not a name for an output"):
+            parse(name).check_writable(overwrite=True)
+
+
+def test_the_folders_of_a_small_file_are_made(tmp_path: Path) -> None:
+    parse(tmp_path / "a/b/x.json").write_whole(b"new", overwrite=False)
+    assert (tmp_path / "a/b/x.json").read_bytes() == b"new"
+    (tmp_path / "d").mkdir()
+    with pytest.raises(sm.RecipeError, match="cannot write"):
+        parse(tmp_path / "d" / "e" / ("x" * 300)).write_whole(b"new", overwrite=False)
+    assert not list((tmp_path / "d").iterdir())
 
 
 def test_a_small_file_that_came_meanwhile_stays(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import gc
 import os
@@ -110,8 +111,10 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
-    except (click.ClickException, StreammergeError, MemoryError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _lacks_memory(error):
+    except Exception as error:
+        if not isinstance(error, _TOLD) and not _lacks_memory(error):
+            if as_json:
+                fail(type(error).__name__, printable(error, 1000) or "an unforeseen error", 1, notes_of(error), as_json)
             raise
         if debug and not isinstance(error, click.ClickException):
             _print_traceback()
@@ -122,6 +125,10 @@ def main() -> None:
 
 
 main.__code__ = main.__code__.replace(co_stacksize=_STACK_SLOTS)
+
+
+_TOLD = (click.ClickException, StreammergeError, MemoryError, OSError)
+"""Errors that are told in a sentence. All others are mistakes of this program, whose traceback is worth reading."""
 
 
 def _told(error: Exception) -> tuple[str, int]:
@@ -159,6 +166,8 @@ def run() -> None:
         code = end.code
     if code is not None and not isinstance(code, int):
         sys.exit(code)
+    if "matplotlib" in sys.modules:
+        atexit._run_exitfuncs()  # it removes its temporary folder, if it has one
     try:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -100,7 +100,7 @@ def _block(stored: StoredTensors, name: str, codes: Source, scales: Source) -> t
 
 
 def _structure(config: Any, rows: int, columns: int, grid: tuple[int, ...]) -> tuple[int | None, int | None]:
-    """Returns the block that a configuration of compressed-tensors states, if it fits: each of its groups may have another."""
+    """Returns the block that a configuration of compressed-tensors states, if it fits: groups may have different ones."""
     groups = config.get("config_groups")
     for group in groups.values() if isinstance(groups, dict) else ():
         weights = group.get("weights") if isinstance(group, dict) else None

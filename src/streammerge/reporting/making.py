@@ -20,11 +20,19 @@ if TYPE_CHECKING:
 
 
 def check_possible(file: Location, overwrite: bool) -> None:
-    """Raises RecipeError if a report cannot be written: its file exists, or matplotlib is not installed."""
+    """Raises RecipeError if a report cannot be written: its file exists, or matplotlib is not installed.
+
+    A report replaces only a page, so that no model is lost by a mistyped name.
+    """
+    from streammerge.reporting.page import BEGIN
     from streammerge.reporting.pictures import plotting  # here, because statistics are gathered without pages
 
     plotting()
     file.check_writable(overwrite)
+    if file.is_folder():
+        raise RecipeError(f"{printable(file)} is a folder, and a report is a file; name one, like report.html")
+    if file.exists() and file.size and file.read(0, min(file.size, len(BEGIN))).lower() != BEGIN.encode():
+        raise RecipeError(f"{printable(file)} is no report, and would be lost; choose another name for the report")
 
 
 def report_merge(result: Result, samples: Sequence[Sample], file: Location | None, keeps: bool) -> None:

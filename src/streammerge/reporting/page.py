@@ -11,6 +11,8 @@ from streammerge.reporting.pictures import curves, heat_map
 from streammerge.version import __version__
 
 _MOST_ROWS = 2000
+BEGIN = "<!doctype html>"
+"""How each page begins. A report replaces only a file that begins so."""
 _STYLE = """
 html { color-scheme: light dark; }
 * { box-sizing: border-box; }
@@ -86,7 +88,7 @@ def page(facts: Facts) -> str:
     ]
     body = "\n".join(parts)
     return (
-        "<!doctype html>\n"
+        f"{BEGIN}\n"
         '<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(facts.title)}</title><style>{_STYLE}</style></head>\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 import zlib
 from collections.abc import Callable, Sequence
@@ -145,10 +146,18 @@ def _svg(draw: Callable[[Figure], None], height: float, label: str) -> str:
 
 def plotting() -> Any:
     """Returns matplotlib. Raises RecipeError if it is not installed."""
+    log = logging.getLogger("matplotlib")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it would tell at length that a home folder cannot be written
     try:
         import matplotlib as mpl
+
+        mpl.get_configdir()
+        mpl.get_cachedir()
     except ModuleNotFoundError as error:
         raise RecipeError(
             "reports are drawn by matplotlib, which is not installed; pip install 'streammerge[report]'"
         ) from error
+    finally:
+        log.setLevel(level)
     return mpl

@@ -15,7 +15,7 @@ from streammerge.planning.saved import SavedPlan, output_of, read_saved, saved
 from streammerge.planning.units import Unit, share
 from streammerge.recipe.reader import read_recipe
 from streammerge.requests.plans import planned
-from streammerge.running.execution import Result
+from streammerge.running.execution import Result, refuse_beside
 from streammerge.running.finishing import finish_units, was_finished
 from streammerge.running.session import RunOptions
 from streammerge.running.shared import SharedOptions, ShareResult, make_units
@@ -38,6 +38,7 @@ def save(plan: Plan, place: Location, resources: Resources, executing: Executing
         if place.is_file() and read_saved(place).key == made.key:
             return made
         raise RecipeError(f"{printable(place)} exists already; choose another name for the plan, or remove it")
+    refuse_beside("save", place, plan)
     place.write_whole(made.text().encode(), overwrite=False)
     return made
 

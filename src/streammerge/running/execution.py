@@ -223,16 +223,21 @@ def refuse_to_lose_files(out: Location, plan: Plan) -> None:
         )
 
 
-def refuse_extras(extras: Location, plan: Plan, overwrite: bool) -> None:
-    """Raises RecipeError when writing the extras would lose an input, the output or, without ``overwrite``, another
-    file."""
-    extras.check_writable(overwrite)
-    taken = {path.resolve() for path in plan.identities} | ({plan.out.resolve()} if plan.out else set())
+def refuse_beside(option: str, place: Location, plan: Plan, *, inside: bool = False) -> None:
+    """Raises RecipeError when a file that ``option`` names would take the place of an input or of the output.
+
+    ``inside``: whether it may lie in the output's folder.
+    """
+    taken = {path.resolve() for path in plan.identities}
     taken |= {owner.resolve() for owner in dict.fromkeys(plan.owners.values()) if owner.is_folder()}
+    out = {plan.out.resolve()} if plan.out else set[Location]()
     same = {known.place for known in plan.identities.values()}
-    linked = extras.exists() and extras.status().place in same
-    if linked or taken & {extras.resolve(), *extras.resolve().parents}:
-        raise RecipeError(f"`extras` {printable(extras)} is, or lies in, an input or the output; choose another name")
+    linked = place.is_file() and place.status().place in same
+    own = place.resolve()
+    above = {*own.parents}
+    in_output = own in out or any(own in path.parents for path in out) or bool(out & above and not inside)
+    if linked or in_output or taken & {own, *above}:
+        raise RecipeError(f"`{option}` {printable(place)} is, or lies in, an input or the output; choose another name")
 
 
 def made_before(out: Location) -> set[str]:

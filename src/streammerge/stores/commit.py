@@ -429,9 +429,12 @@ def _renamed_to_nothing(source: Path, target: Path) -> bool:
 def check_writable(name: str | os.PathLike[str], overwrite: bool) -> None:
     """RecipeError when the output exists and may not be replaced, or its folder can neither be found nor made."""
     out = Path(name).absolute()
+    if out == out.parent:
+        raise RecipeError(f"{printable(out)} is not a name for an output; choose another name")
     above = next(each for each in out.parents if os.path.lexists(each))
     if not above.is_dir():
         raise RecipeError(f"{printable(above)} is no folder, so {printable(out)} cannot be in it; choose another name")
+    _check_permitted(above, name)
     try:
         there = os.lstat(out)
     except OSError as error:
@@ -443,6 +446,17 @@ def check_writable(name: str | os.PathLike[str], overwrite: bool) -> None:
         return
     if (out.exists() or out.is_symlink()) and not overwrite:
         raise exists_already(out)
+
+
+def _check_permitted(folder: Path, out: str | os.PathLike[str]) -> None:
+    """Raises RecipeError if this user cannot make files in a folder."""
+    if os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        return
+    why = errno.EACCES
+    with contextlib.suppress(OSError):
+        if os.statvfs(folder).f_flag & os.ST_RDONLY:
+            why = errno.EROFS
+    raise RecipeError(f"cannot write beside {printable(out)}: {os.strerror(why)}")
 
 
 def _check_replaceable(out: Path, there: os.stat_result) -> None:
@@ -461,6 +475,7 @@ def write_whole(name: str | os.PathLike[str], data: bytes, overwrite: bool) -> N
     import tempfile
 
     path = Path(name)
+    made = _make_folders(path.absolute().parent)
     try:
         fd, partial = tempfile.mkstemp(prefix=f".{_shortened(path.name, 100)}.", dir=path.parent)
         try:
@@ -477,5 +492,10 @@ def write_whole(name: str | os.PathLike[str], data: bytes, overwrite: bool) -> N
             os.unlink(partial)
             raise
         system.sync_folder(path.parent)
-    except OSError as error:
-        raise RecipeError(f"cannot write {printable(path)}: {error.strerror}") from error
+    except BaseException as error:
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        if isinstance(error, OSError):
+            raise RecipeError(f"cannot write {printable(path)}: {error.strerror}") from error
+        raise
