@@ -95,6 +95,8 @@ def test_a_program_that_asks_for_progress_sees_a_bar(
         assert "/800k [" in capsys.readouterr().err
         sm.merge(["a.safetensors", "b.safetensors"], "quiet.safetensors")
         assert capsys.readouterr() == ("", "")
+        monkeypatch.setattr(sys, "stderr", None)  # as in pythonw
+        sm.merge(["a.safetensors", "b.safetensors"], "silent.safetensors", progress=True)
     with pytest.raises(sm.RecipeError, match="`progress` takes True or False, not yes"):
         sm.merge(["a.safetensors"], "x.safetensors", progress="yes")  # type: ignore[arg-type]
 

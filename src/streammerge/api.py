@@ -9,6 +9,7 @@ collects them by one call of ``locals()``, and then imports the rooms that it ne
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -684,7 +685,7 @@ def _listening(given: Mapping[str, Any]) -> Iterator[Listener]:
         wanted = truth(given["progress"])
     except TypeError as error:
         raise RecipeError(f"`progress` takes True or False, not {printable(given['progress'], 60)}") from error
-    if not wanted:
+    if not wanted or sys.stderr is None:  # pythonw and some services have no stderr
         yield listener
         return
     from streammerge.progress import ProgressBar  # here, because most programs show none

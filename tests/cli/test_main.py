@@ -13,7 +13,7 @@ import click
 import pytest
 import torch
 from conftest import Cli
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from streammerge.cli.commands import SHORT
 from streammerge.cli.main import cli as group
@@ -258,3 +258,34 @@ def test_the_stack_is_not_mapped_anew_at_each_call(tmp_path: Path) -> None:
         subprocess.run([*command, sys.executable, "-c", deep + program], check=True, timeout=120)
         maps.append((tmp_path / "trace").read_text().count("NULL, 16384, PROT_READ|PROT_WRITE"))
     assert maps[0] > 100 > maps[1]
+
+
+def test_a_current_folder_that_was_removed_is_told(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    words = ["streammerge", "merge", "/a.pt", "-o", "x.pt"]
+    script = f"import os, sys; os.rmdir('../gone'); sys.argv = {words}; from streammerge.cli.main import main; main()"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path / "gone", capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: the current folder was removed; go to another one (cd), and run the command there\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="takes rights away from root")
+def test_what_may_not_be_read_is_told_before_the_merge(tmp_path: Path, cli: Cli) -> None:
+    """Also a side file, which is copied last: nothing was made for it in vain."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.ones(3)}, tmp_path / name / "model.safetensors")
+    (tmp_path / "a/merges.txt").write_text("x")
+    locked = {"a/merges.txt": "a/merges.txt", "a/model.safetensors": "a/model.safetensors", "b": "b"}
+    for path, said in locked.items():
+        mode = (tmp_path / path).stat().st_mode
+        (tmp_path / path).chmod(0)
+        drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+        command = [*drop, sys.executable, "-m", "streammerge", "merge", "a", "b", "-o", "out/"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 4, done.stderr
+        assert said in done.stderr
+        assert "Permission denied" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+        assert sorted(each.name for each in tmp_path.iterdir()) == ["a", "b"]
+        (tmp_path / path).chmod(mode)

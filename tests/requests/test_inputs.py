@@ -76,6 +76,7 @@ def test_an_index_stands_for_its_file(world: Path) -> None:
         ([None], "`inputs` takes a path, not None"),
         (torch.tensor(1), r"`inputs` takes a path, not tensor\(1\)"),
         (["a\0b"], "`inputs` takes a path, not a"),
+        ({"a.pt", "b.pt"}, "`inputs` are in an order, which a set has not"),
         (["", "a.pt"], "an input is an empty text, where a path is needed"),
     ],
 )

@@ -52,6 +52,17 @@ def test_resident_memory_is_what_psutil_tells(monkeypatch: pytest.MonkeyPatch, t
     assert abs(process.resident_bytes() - told) < 8 << 20, "another system than Linux has no such file"
 
 
+def test_memory_is_told_without_proc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A sandbox may have no /proc, and psutil reads it too."""
+
+    def nobody(*_: object) -> None:
+        raise psutil.NoSuchProcess(1)
+
+    monkeypatch.setattr(process, "_PAGES", tmp_path / "absent")
+    monkeypatch.setattr(psutil, "Process", nobody)
+    assert 10 << 20 < process.resident_bytes() < 64 << 30
+
+
 def test_memory_is_counted() -> None:
     held = process.resident_bytes()
     assert 10 << 20 < held <= process.peak_resident_bytes()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -59,3 +61,21 @@ def test_whether_a_byte_is_in_the_cache(tmp_path: Path, monkeypatch: pytest.Monk
         assert not file.is_cached(0)
     monkeypatch.delattr(os, "RWF_NOWAIT")
     assert not file.is_cached(0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes the place of another user")
+def test_a_folder_that_may_not_be_entered_is_told() -> None:
+    """A file in it is not absent: nobody could tell."""
+    folder = Path(tempfile.mkdtemp())
+    try:
+        (folder / "x").write_bytes(b"1")
+        os.seteuid(65534)
+        try:
+            with pytest.raises(sm.FormatError, match=r"x: Permission denied, since its folder may not be entered"):
+                parse(folder / "x").status()
+            assert "may not be entered" in parse(folder / "x").broken_link()
+        finally:
+            os.seteuid(0)
+        assert parse(folder / "x").broken_link() == parse(folder / "y").broken_link() == ""
+    finally:
+        shutil.rmtree(folder)

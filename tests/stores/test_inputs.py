@@ -74,3 +74,16 @@ def test_damage_is_told_by_its_cause(tmp_path: Path) -> None:
     (tmp_path / "x").unlink()
     with pytest.raises(sm.ChangedError, match="was truncated while it was read"):
         inputs.check_whole()
+
+
+def test_an_input_that_is_gone_at_the_end_may_come_back(tmp_path: Path) -> None:
+    """A drive that was unmounted: what was made is kept, since the error has the cause of a machine that failed."""
+    (tmp_path / "x").write_bytes(b"1234")
+    place = parse(tmp_path / "x")
+    inputs = InputFiles({place: place.status()})
+    (tmp_path / "x").rename(tmp_path / "y")
+    with pytest.raises(
+        sm.ChangedError, match=r"x: No such file or directory; it was there when the run began, so put"
+    ) as caught:
+        inputs.check_unchanged()
+    assert isinstance(caught.value.__cause__, FileNotFoundError)

@@ -8,6 +8,7 @@ import gc
 import os
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import click
@@ -145,9 +146,20 @@ def _told(error: Exception) -> tuple[str, int]:
         return str(error.strerror), 1
     if _lacks_memory(error):
         return "the system gave no more memory; lower --memory or --workers, or raise the limit (ulimit -v)", 1
+    if isinstance(error, FileNotFoundError) and not error.filename and not _has_folder():
+        return "the current folder was removed; go to another one (cd), and run the command there", 1
     named = isinstance(error, OSError) and error.filename
     why = error if named else f"{getattr(error, 'strerror', None) or error} (run it again with --debug)"
     return printable(why, 1000), 1
+
+
+def _has_folder() -> bool:
+    """Whether the current folder still exists."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _lacks_memory(error: Exception) -> bool:

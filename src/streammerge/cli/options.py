@@ -124,7 +124,7 @@ def _click_option(each: Option, heading: str) -> Callable[[Command], Command]:
     elif each.choices:
         form |= {"type": click.Choice(each.choices), "default": each.default}
     elif kind is PATH:
-        form |= {"type": click.Path()}
+        form |= {"type": click.Path(readable=False)}
     elif kind is not None and kind.least is not None:
         form |= {"type": click.IntRange(kind.least)}
     else:
@@ -147,7 +147,7 @@ def _help(each: Option) -> str:
     return f"{text}  [default: {shown}]" if shown and not (each.kind and each.kind.flag) else text
 
 
-inputs = click.argument("inputs", nargs=-1, required=True, type=click.Path(), metavar="INPUT...")
+inputs = click.argument("inputs", nargs=-1, required=True, type=click.Path(readable=False), metavar="INPUT...")
 
 
 def _lasting(context: click.Context, option: click.Parameter, out: str | None) -> str | None:
@@ -171,7 +171,7 @@ def out(required: bool = True) -> Callable[[Command], Command]:
         "--out",
         "out",
         cls=type("Option", (_Option,), {"heading": "Required" if required else "Options"}),
-        type=click.Path(),
+        type=click.Path(readable=False),
         callback=_lasting,
         metavar="OUT",
         help="x.safetensors, x.pth (.pt, .ckpt, .bin, .th), or a folder.",

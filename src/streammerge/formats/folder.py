@@ -232,6 +232,8 @@ def _read_own(folder: Location, read_file: ReadFile) -> Container:
         return read_file(folder / files[0])
     if not usable:
         first = (known or found)[0]
+        if hidden := (folder / first.absent[0]).broken_link():
+            raise FormatError(hidden)
         named = f", named by {printable(first.form.index)}," if first.form.index else ""
         advice = _cached_in_part(folder) or "; the download is not complete"
         raise FormatError(f"{where}: {listed(first.absent)}{named} is absent{advice}")

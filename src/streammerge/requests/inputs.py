@@ -120,6 +120,10 @@ def _names_and_weights(given: Any, held: Held) -> tuple[list[str], list[float] |
         given = [given]
     if isinstance(given, Mapping) and _gives_weights(given):
         return _each_with_weight([(path_of("inputs", path), _weight(path, weight)) for path, weight in given.items()])
+    if isinstance(given, set | frozenset):
+        raise RecipeError(
+            "`inputs` are in an order, which a set has not, and the first gives the names of the output; pass a list"
+        )
     if isinstance(given, str | bytes | os.PathLike | Location | Mapping) or not isinstance(plain_number(given), Iterable):
         given = [given]
     return _with_weights([named("inputs", each, held) for each in given])

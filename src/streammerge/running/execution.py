@@ -92,6 +92,7 @@ def execute(plan: Plan, options: RunOptions, resident_before: int) -> Result:
     out = plan.out.resolve() if plan.out.is_folder() else plan.out  # a link to a folder stays a link
     refuse_input_as_output(out, plan)
     refuse_to_lose_files(out, plan)
+    refuse_unreadable(plan)
     headers = max(process.resident_bytes() - resident_before, 0)
     tell_and_prepare(plan, options.listener, needs_torch(plan, options.measures))
     late = process.late_bytes()
@@ -221,6 +222,13 @@ def refuse_to_lose_files(out: Location, plan: Plan) -> None:
         raise RecipeError(
             f"{printable(out)} is a file, and a folder is to be there; remove it first, or choose another name"
         )
+
+
+def refuse_unreadable(plan: Plan) -> None:
+    """Raises FormatError when a file of this machine that is to be copied may not be read."""
+    for source, _ in plan.layout.side_files:
+        if source.local_path is not None:
+            source.stream().close()
 
 
 def refuse_beside(option: str, place: Location, plan: Plan, *, inside: bool = False) -> None:

@@ -50,8 +50,15 @@ def file_status(path: str) -> Status:
 
 
 def broken_link(path: str) -> str:
-    """Returns the mistake of a link that leads to nothing, and its target; "" for anything else."""
+    """Returns the mistake of a link that leads to nothing, and its target, or of a name in a folder that this user may not
+    enter; "" for anything else."""
     if not os.path.islink(path):
+        try:
+            os.lstat(path)
+        except PermissionError as error:
+            return f"{printable(path)}: {error.strerror}, since its folder may not be entered; allow it (chmod a+x)"
+        except (OSError, ValueError):
+            pass
         return ""
     try:
         os.stat(path)

@@ -150,7 +150,12 @@ class InputFiles:
         """ChangedError when any input is no longer the file that was planned."""
         self.check_whole()
         forget()
-        known = statuses(list(self._expected))
+        try:
+            known = statuses(list(self._expected))
+        except FormatError as error:
+            raise ChangedError(
+                f"{error}; it was there when the run began, so put it back and run the command again"
+            ) from error.__cause__
         for location, expected in self._expected.items():
             if known[location] != expected:
                 raise ChangedError(

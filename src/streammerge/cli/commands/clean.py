@@ -10,7 +10,7 @@ from streammerge.errors import RecipeError, printable
 
 
 @click.command(cls=options.GroupedCommand)
-@click.argument("location", type=click.Path(), metavar="LOCATION")
+@click.argument("location", type=click.Path(readable=False), metavar="LOCATION")
 @click.option("--yes", is_flag=True, help="Remove what was left for all outputs in a folder; without it they are listed.")
 @options.debug
 def clean(location: str, yes: bool, debug: bool) -> None:

@@ -13,7 +13,7 @@ from streammerge.options.functions import CONVERT
 
 
 @click.command(cls=options.GroupedCommand)
-@click.argument("path", type=click.Path(), metavar="INPUT")
+@click.argument("path", type=click.Path(readable=False), metavar="INPUT")
 @options.of(*CONVERT)
 @options.out()
 @options.no_progress

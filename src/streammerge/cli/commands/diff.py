@@ -13,8 +13,8 @@ from streammerge.options.functions import DIFF
 
 
 @click.command(cls=options.GroupedCommand)
-@click.argument("a", type=click.Path(), metavar="A")
-@click.argument("b", type=click.Path(), metavar="B")
+@click.argument("a", type=click.Path(readable=False), metavar="A")
+@click.argument("b", type=click.Path(readable=False), metavar="B")
 @options.of(*DIFF)
 @click.option("--tensors", is_flag=True, help="Show every layer and every tensor.")
 @options.no_progress

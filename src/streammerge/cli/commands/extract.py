@@ -13,7 +13,7 @@ from streammerge.options.functions import EXTRACT
 
 
 @click.command(cls=options.GroupedCommand)
-@click.argument("tuned", type=click.Path(), metavar="TUNED")
+@click.argument("tuned", type=click.Path(readable=False), metavar="TUNED")
 @options.of(*EXTRACT)
 @options.out()
 @options.no_progress

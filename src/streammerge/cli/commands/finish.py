@@ -14,7 +14,7 @@ from streammerge.options.functions import FINISH
 
 
 @click.command(cls=options.GroupedCommand)
-@click.argument("plan", type=click.Path(), metavar="PLAN")
+@click.argument("plan", type=click.Path(readable=False), metavar="PLAN")
 @options.of(*FINISH)
 @options.no_progress
 @options.report("human", "json", "quiet")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=options.GroupedCommand)
-@click.argument("paths", nargs=-1, required=True, type=click.Path(), metavar="PATH...")
+@click.argument("paths", nargs=-1, required=True, type=click.Path(readable=False), metavar="PATH...")
 @click.option("-v", "--tensors", is_flag=True, help="List names, dtypes, shapes and offsets.")
 @click.option("--recipe", is_flag=True, help="Print the recipe by which it was merged, as YAML.")
 @click.option("--lineage", is_flag=True, help="Print what it was merged from, and what that was merged from.")

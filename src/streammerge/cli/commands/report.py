@@ -14,8 +14,8 @@ from streammerge.options.functions import REPORT
 
 
 @click.command(cls=options.GroupedCommand)
-@click.argument("merged", type=click.Path(), metavar="OUT")
-@click.option("-o", "--out", "out", type=click.Path(), metavar="FILE.html", help="The page to write.")
+@click.argument("merged", type=click.Path(readable=False), metavar="OUT")
+@click.option("-o", "--out", "out", type=click.Path(readable=False), metavar="FILE.html", help="The page to write.")
 @options.of(*REPORT)
 @options.no_progress
 @options.report("human", "quiet")

@@ -9,7 +9,7 @@ from streammerge.cli.reports import show_leftovers
 
 
 @click.command(cls=options.GroupedCommand)
-@click.argument("folder", required=False, default=".", type=click.Path(), metavar="[FOLDER]")
+@click.argument("folder", required=False, default=".", type=click.Path(readable=False), metavar="[FOLDER]")
 @options.report("human", "json")
 @options.debug
 def runs(folder: str, form: str, debug: bool) -> None:

@@ -13,7 +13,7 @@ from streammerge.options.functions import VERIFY
 
 
 @click.command(cls=options.GroupedCommand)
-@click.argument("out", type=click.Path(), metavar="OUT")
+@click.argument("out", type=click.Path(readable=False), metavar="OUT")
 @options.of(*VERIFY)
 @options.no_progress
 @options.report("human", "json", "quiet")

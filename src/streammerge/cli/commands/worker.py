@@ -12,7 +12,7 @@ from streammerge.options.functions import WORKER
 
 
 @click.command(cls=options.GroupedCommand)
-@click.argument("plan", type=click.Path(), metavar="PLAN")
+@click.argument("plan", type=click.Path(readable=False), metavar="PLAN")
 @options.of(*WORKER)
 @options.no_progress
 @options.report("human", "json", "quiet")
