@@ -11,6 +11,7 @@ from conftest import load_safetensors
 from safetensors.torch import save_file
 
 import streammerge as sm
+from streammerge.checkpoints.choosing import choose
 from streammerge.checkpoints.duplicates import distinct
 
 
@@ -80,3 +81,20 @@ def test_checkpoints_in_the_memory_store() -> None:
         assert distinct([f"memory://d/{n}" for n in (3, 2, 1)], []) == ["memory://d/3", "memory://d/2"]
     finally:
         sm.memory_store.remove("d")
+
+
+def test_the_name_with_the_step_stays_whatever_its_folder_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`best` has no number of its own, though its folder has: the step that it leads to keeps its place among the last."""
+    monkeypatch.chdir(tmp_path)
+    for number in (6, 8, 10):
+        folder = Path(f"run2/checkpoint-{number}")
+        folder.mkdir(parents=True)
+        save_file({"w": torch.full((3,), float(number))}, folder / "model.safetensors")
+    Path("run2/best").symlink_to("checkpoint-8")
+    Path("run2/checkpoint-last").symlink_to("checkpoint-10")
+    chosen, _ = choose(["run2/*"], last=2)
+    assert chosen == ["run2/checkpoint-8", "run2/checkpoint-10"]
+    chosen, _ = choose(["run2/checkpoint-*"], range="8:10")
+    assert chosen == ["run2/checkpoint-8", "run2/checkpoint-10"]

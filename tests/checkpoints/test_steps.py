@@ -83,5 +83,53 @@ def test_parts_of_one_checkpoint_are_no_steps() -> None:
         Path(f"ranks/mp_rank_0{number}").mkdir(parents=True)
     for path in ("run", "ranks"):
         assert with_steps([path]) == [path]
-    with pytest.raises(sm.RecipeError, match="only 1 checkpoints"):
+    with pytest.raises(sm.RecipeError, match="run is a folder without steps of a run"):
         sm.plan("run", last=2)
+
+
+@pytest.mark.parametrize("below", ["checkpoints", "checkpoint", "lightning_logs/version_0/checkpoints"])
+def test_steps_are_found_below_the_folder_of_a_run(below: str, cli: Cli) -> None:
+    """accelerate, torchtitan and Lightning put them there."""
+    for number in (5, 10, 100):
+        step(Path(f"run/{below}/step_{number}"), number)
+    Path("run/tb/x").mkdir(parents=True)
+    assert names("run") == ["step_5", "step_10", "step_100"]
+    cli("merge", "run", "--last", "2", "-o", "out.safetensors")
+    assert load_safetensors(Path("out.safetensors"))["w"].tolist() == [55] * 3
+
+
+def test_steps_of_two_runs_are_refused() -> None:
+    for version in (0, 1):
+        for number in (1, 2):
+            step(Path(f"run/logs/version_{version}/checkpoints/s_{number}"), number)
+    with pytest.raises(
+        sm.RecipeError,
+        match=r"several series: run/logs/version_0/checkpoints/s_\*, run/logs/version_1/checkpoints/s_\*; give",
+    ):
+        sm.plan("run", last=2)
+
+
+def test_the_files_of_ranks_are_no_steps(cli: Cli) -> None:
+    """Below the only step of a run, and where there is no run at all."""
+    Path("run/checkpoint-10/ranks").mkdir(parents=True)
+    for rank in (0, 1):
+        torch.save({"w": torch.ones(3)}, f"run/checkpoint-10/ranks/model_{rank}.pt")
+    said = cli("merge", "run", "--last", "2", "-o", "out.safetensors", code=2).stderr
+    assert "--last 2, but run is a folder without steps of a run; give a pattern of them, like 'run/checkpoint-*'" in said
+
+
+@pytest.mark.parametrize("options", [["--last", "2"], ["--best", "2", "--by", "loss"], ["--schedule", "wma"]])
+def test_how_to_leave_out_a_last_step_that_is_not_whole(options: list[str], cli: Cli) -> None:
+    """A training was killed while it saved. The command that the error names then works."""
+    for number in (5, 10, 100):
+        step(Path(f"run/checkpoint-{number}"), number)
+        Path(f"run/checkpoint-{number}/trainer_state.json").write_text(f'{{"loss": {1 / number}}}')
+    with Path("run/checkpoint-100/model.safetensors").open("r+b") as file:
+        file.truncate(80)
+    for inputs in ("run", "run/checkpoint-*"):
+        said = cli("merge", inputs, *options, "-o", "out.safetensors", code=4).stderr
+        assert "checkpoint-100 is the newest and may not be whole: --range :10 leaves it out" in said
+    cli("merge", "run", *options, "--range", ":10", "-o", "out.safetensors")
+    with Path("run/checkpoint-10/model.safetensors").open("r+b") as file:
+        file.truncate(80)
+    assert "leaves it out" not in cli("merge", "run", *options, "-o", "out2.safetensors", code=4).stderr

@@ -121,6 +121,22 @@ def test_an_optimizer_is_left_out_without_paths(tmp_path: Path) -> None:
     assert list(sm.inspect(accelerate)) == ["a.w", "b"]
 
 
+def test_counters_of_a_training_are_no_weights(tmp_path: Path) -> None:
+    """Older versions of torchtitan save them as tensors, and the last step, which is the model only, has none."""
+    paths = {"w": ("w",), "train_state.step": ("train_state", "step")}
+    for step in (100, 200):
+        counters = {"train_state.step": torch.tensor(step, dtype=torch.int32), "dataloader": torch.tensor(step)}
+        dcp_maker.write(tmp_path / f"step-{step}", {"w": torch.full((3, 2), float(step))} | counters, whole, {}, paths)
+    dcp_maker.write(tmp_path / "step-300", {"w": torch.full((3, 2), 300.0)})
+    result = sm.merge(tmp_path / "step-*", tmp_path / "out.safetensors", last=3)
+    assert load_safetensors(tmp_path / "out.safetensors")["w"].unique().tolist() == [200]
+    assert any("not merged: the state of the training (2 tensors, 12 bytes)" in note for note in result.notes)
+    sm.merge([tmp_path / "step-100", tmp_path / "step-200"], tmp_path / "out/")
+    loaded = {"train_state.step": torch.zeros((), dtype=torch.int32)}
+    torch.distributed.checkpoint.load(loaded, checkpoint_id=tmp_path / "out", no_dist=True)
+    assert loaded["train_state.step"] == 100, "the first's stays, as all that stands beside the weights"
+
+
 def test_only_the_state_of_an_optimizer(tmp_path: Path) -> None:
     folder = dcp_maker.write(tmp_path / "in", {"optimizer.state.w.exp_avg": torch.ones(3)})
     with pytest.raises(sm.FormatError, match="the state of an optimizer only; give the folder of the weights"):

@@ -9,10 +9,11 @@ from collections import Counter
 from streammerge.checkpoints.duplicates import distinct, twice_told
 from streammerge.checkpoints.globs import expand
 from streammerge.checkpoints.index import is_shard_of_model, open_checkpoint
-from streammerge.errors import RecipeError, listed, printable
+from streammerge.errors import RecipeError, StreammergeError, listed, printable
 from streammerge.recipe.adapted import parts_of
 from streammerge.stores.locations import parse
 from streammerge.tensors.conventions import AVERAGED_NAME, LATEST_NAME
+from streammerge.units import counted
 
 
 def choose(
@@ -75,6 +76,32 @@ def choose(
     return paths, notes
 
 
+def advice_on_newest(paths: list[str]) -> str:
+    """Returns how to leave out the newest checkpoint of a run, if that cannot be read and the one before it can; else "".
+
+    A training that was stopped leaves a checkpoint that is not whole.
+    """
+    from streammerge.checkpoints.numbers import in_order, numbers_of, without_number
+    from streammerge.checkpoints.steps import with_steps
+
+    found = with_steps(expand(paths))
+    bare = without_number(found)
+    known = [path for path, number in numbers_of(found).items() if number is not None and path not in bare]
+    *_, before, newest = ["", "", *in_order(known)]
+    if not before or _is_readable(newest) or not _is_readable(before):
+        return ""
+    number = numbers_of(known)[before]
+    return f'; {printable(newest)} is the newest and may not be whole: `range=":{number}"` leaves it out'
+
+
+def _is_readable(path: str) -> bool:
+    try:
+        open_checkpoint(path)
+    except StreammergeError:
+        return False
+    return True
+
+
 def _refuse_shards(paths: list[str]) -> None:
     """Raises RecipeError if two of the inputs are shards of one checkpoint: parts of a model are not merged with each
     other."""
@@ -97,8 +124,15 @@ def _refuse_shards(paths: list[str]) -> None:
 def _enough(option: str, wanted: int, paths: list[str]) -> None:
     if wanted < 1:
         raise RecipeError(f"`{option}` takes a positive number")
+    if len(paths) == 1 < wanted and parse(paths[0]).is_folder():
+        raise RecipeError(
+            f"`{option}={wanted}`, but {printable(paths[0])} is a folder without steps of a run; give a pattern of them, "
+            "like 'run/checkpoint-*'"
+        )
     if wanted > len(paths):
-        raise RecipeError(f"`{option}={wanted}`, but there are only {len(paths)} checkpoints")
+        raise RecipeError(
+            f"`{option}={wanted}`, but there {'are' if len(paths) > 1 else 'is'} only {counted(len(paths), 'checkpoint')}"
+        )
 
 
 def _without_averages(paths: list[str], notes: list[str]) -> list[str]:

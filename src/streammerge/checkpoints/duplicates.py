@@ -32,7 +32,11 @@ def distinct(paths: Sequence[str], notes: list[str]) -> list[str]:
     Of several duplicates, the one with a number in its name stays, otherwise the first. Bytes are read only where names
     and sizes of the files are equal: first the ends of the files, then, where these are equal too, all of them.
     """
-    from streammerge.checkpoints.numbers import number_of
+    from streammerge.checkpoints.numbers import Numbers, number_of, numbers_in
+
+    def told(path: str) -> tuple[bool, bool]:
+        """How well a name tells the place of a checkpoint: by itself, or by that of its folder."""
+        return numbers_in(parse(path).name) != Numbers(), number_of(path) is not None
 
     groups: dict[object, list[str]] = {}
     files = {path: _files(path) for path in paths}
@@ -46,7 +50,7 @@ def distinct(paths: Sequence[str], notes: list[str]) -> list[str]:
             twin = next((known for known in alike if is_same(files[known], files[path])), None)
             if twin is None:
                 alike.append(path)
-            elif number_of(twin) is None and number_of(path) is not None:
+            elif told(twin) < told(path):
                 alike[alike.index(twin)] = path
                 stays[twin] = path
             else:

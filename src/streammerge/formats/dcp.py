@@ -18,7 +18,7 @@ from streammerge.formats import safetensors, torch_zip
 from streammerge.formats.base import Container
 from streammerge.formats.dcp_items import Heads, number_in
 from streammerge.formats.dcp_metadata import Entry, Item, Metadata, Place, joined, read_metadata
-from streammerge.formats.dcp_names import is_optimizer_item, nested, weight_of_master
+from streammerge.formats.dcp_names import is_beside_weights, is_optimizer_item, nested, weight_of_master
 from streammerge.formats.pieces import PIECE_BYTES, Box, PieceOf, assembled, check_boxes, piece_of_dtype
 from streammerge.formats.shards import is_safe
 from streammerge.pickles.tree import TensorRef, flat_tensor, number
@@ -108,8 +108,8 @@ class _Reading:
         self.weights: dict[str, Entry] = {}
         self.left: dict[str, Entry] = {}
         for name, entry in metadata.tensors.items():
-            optimizer = is_optimizer_item(name, metadata.paths.get(name, (name,)))
-            (self.left if optimizer else self.weights)[name] = entry
+            beside = is_beside_weights(name, metadata.paths.get(name, (name,)))
+            (self.left if beside else self.weights)[name] = entry
         self.files = files
         self.heads = Heads(metadata.heads)
 
@@ -252,7 +252,9 @@ class _Reading:
         if self.left:
             nbytes = sum(math.prod(e.shape) * (e.dtype.element_bytes if e.dtype else 1) for e in self.left.values())
             held = f"{counted(len(self.left), 'tensor')}, {decimal_bytes(nbytes)}"
-            notes.append(f"beside the weights, not merged: the state of the optimizer ({held})")
+            of_optimizer = all(is_optimizer_item(name, self.metadata.paths.get(name, (name,))) for name in self.left)
+            what = "optimizer" if of_optimizer else "training"
+            notes.append(f"beside the weights, not merged: the state of the {what} ({held})")
         objects = [name for name in self.metadata.objects if "/shard_" not in name]  # Megatron's are of no interest
         objects = [name for name in objects if not is_optimizer_item(name, self.metadata.paths.get(name, (name,)))]
         if objects:

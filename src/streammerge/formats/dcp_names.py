@@ -15,6 +15,8 @@ _OPTIMIZER = re.compile(r"(?i)((.*_)?optim(izer)?s?|chained)(_\d+|_states?|_stat
 _FLAT_OPTIMIZER = re.compile(
     r"state\..+\.(exp_avg|exp_avg_sq|max_exp_avg_sq|step|momentum_buffer|square_avg|sum)|param_groups\..+"
 )
+_TRAINING = re.compile(r"train_state|dataloader|lr_schedulers?")
+"""What torchtitan saves beside the weights: counters, which older versions store as tensors."""
 _MASTER = re.compile(r"(?:.*?\.)?(?:fp32_param|master_param|param)\.(.+)")
 
 
@@ -24,6 +26,12 @@ def is_optimizer_item(name: str, path: tuple[Any, ...]) -> bool:
     return any(isinstance(key, str) and _OPTIMIZER.fullmatch(key) for key in keys[:3]) or (
         _FLAT_OPTIMIZER.fullmatch(name) is not None
     )
+
+
+def is_beside_weights(name: str, path: tuple[Any, ...]) -> bool:
+    """Whether an entry belongs to the state of an optimizer or of the training."""
+    first = path[0] if len(path) > 1 else name.partition(".")[0]
+    return is_optimizer_item(name, path) or _TRAINING.fullmatch(str(first)) is not None
 
 
 def weight_of_master(name: str, entry: Entry, shapes: Mapping[str, tuple[int, ...]]) -> str | None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from streammerge.checkpoints.choosing import choose
-from streammerge.errors import RecipeError, listed, printable
+from streammerge.checkpoints.choosing import advice_on_newest, choose
+from streammerge.errors import FormatError, RecipeError, listed, printable
 from streammerge.methods.factors import EXTRACT
 from streammerge.methods.registry import LINEAR, find_method
 from streammerge.options.base import picked
@@ -92,6 +92,16 @@ class Request:
 
     def plan(self, on_opened: OnOpened = unheard) -> Plan:
         """Returns the plan of what was asked for. Raises the errors of :func:`streammerge.plan`."""
+        try:
+            return self._plan(on_opened)
+        except FormatError as error:
+            chooses = any((self.choosing.last, self.choosing.best, self.choosing.range, self.schedule))
+            advice = advice_on_newest(self.inputs) if chooses and self.recipe is None else ""
+            if advice:
+                raise FormatError(f"{error}{advice}") from error
+            raise
+
+    def _plan(self, on_opened: OnOpened) -> Plan:
         asked = self.merging
         notes: list[str] = []
         overrides = asked.overrides | self.naming.overrides | self.policies.overrides

@@ -245,6 +245,7 @@ def _beside(first: CheckpointIndex) -> list[str]:
     if first.in_memory or not first.path.is_folder():
         return []
     own = {file.name for file in first.files}
+    own |= {above.name for file in first.files for above in file.parents if above.parent == first.path}
     return [
         each.name + "/" * each.is_folder()
         for each in first.path.children()
