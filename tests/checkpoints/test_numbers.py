@@ -67,6 +67,21 @@ def test_the_kind_of_number_in_which_names_differ() -> None:
     assert in_order(["best.pt", "step=9.pt", "step=10.pt"]) == ["best.pt", "step=9.pt", "step=10.pt"]
 
 
+def test_dates_are_one_number() -> None:
+    """By the seconds alone, the last of these would be the one of the year before."""
+    names = ["2023-12-31_23-59-59.pt", "2024-01-31_12-00-00.pt", "2024-02-01_09-00-00.pt"]
+    assert in_order(names[::-1]) == names
+    assert list(numbers_of(names).values()) == [20231231235959, 20240131120000, 20240201090000]
+    names = ["run_20231231-235959.pt", "run_20240131-120000.pt", "run_20240201T090000.pt"]
+    assert in_order(names[::-1]) == names
+    assert in_order(["a_2024-02-01.pt", "a_2023-12-31.pt"]) == ["a_2023-12-31.pt", "a_2024-02-01.pt"]
+    assert number_of("model_2024-01-31_step=500.pt") == 500
+    assert number_of("ckpt_2024-01-31_5.pt") == 5
+    assert list(numbers_of(["model_20000101.pt", "model_20500000.pt"]).values()) == [20000101, 20500000], (
+        "eight digits are a step"
+    )
+
+
 def test_metrics_in_names() -> None:
     assert metric_in("epoch=3-val_loss=0.123.ckpt", "val_loss") == 0.123
     assert metric_in("epoch_3_loss_0.5.pth", "loss") == 0.5

@@ -133,3 +133,14 @@ def test_how_to_leave_out_a_last_step_that_is_not_whole(options: list[str], cli:
     with Path("run/checkpoint-10/model.safetensors").open("r+b") as file:
         file.truncate(80)
     assert "leaves it out" not in cli("merge", "run", *options, "-o", "out2.safetensors", code=4).stderr
+
+
+def test_what_is_no_newest_step_gets_no_advice(cli: Cli) -> None:
+    """The file of an optimizer has the number of the step beside it."""
+    Path("run").mkdir()
+    for number in (1, 2):
+        torch.save({"w": torch.ones(3)}, f"run/model_{number}.pt")
+        torch.save({"state": {}, "param_groups": []}, f"run/opt_{number}.pt")
+    said = cli("merge", "run/*.pt", "--last", "2", "-o", "out.pt", code=4).stderr
+    assert "opt_2.pt" in said
+    assert "leaves it out" not in said

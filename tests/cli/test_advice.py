@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -51,6 +52,16 @@ def test_a_capital_letter_for_a_small_one() -> None:
     with pytest.raises(click.UsageError) as refused:
         cli.main(["merge", "a", "-O", "x"], prog_name="streammerge", standalone_mode=False)
     assert of_usage(refused.value).endswith("; did you mean -o?")
+
+
+def test_a_path_with_a_dash_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("-in put.pth").touch()
+    words = ["merge", "-in put.pth", "-o", "x"]
+    monkeypatch.setattr(sys, "argv", ["streammerge", *words])
+    with pytest.raises(click.UsageError) as refused:
+        cli.main(words, prog_name="streammerge", standalone_mode=False)
+    assert of_usage(refused.value).endswith("; if it is the path, write './-in put.pth'")
 
 
 def test_a_file_may_have_a_number_as_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,7 @@ def test_a_list_is_one_value_per_model_and_the_base_may_go_without() -> None:
     ("weights", "parameters", "words"),
     [
         ([1.0], {}, "1 weight for 2 inputs"),
+        ([0, 6, 0, 4], {}, "4 weights for 2 inputs; .* like 0.6,0.4; a decimal number has a point, not a comma"),
         ([1.0, float("nan")], {}, "weights must be finite"),
         ([1.0, 2.0], {"weight": 1}, "give only one"),
         (None, {"weight": 1, "weight_": 2}, "the parameter weight is given twice"),

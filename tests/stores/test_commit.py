@@ -227,3 +227,21 @@ def test_overwrite_replaces_a_file_whole(tmp_path: Path) -> None:
     sm.merge([tmp_path / "in.safetensors"], tmp_path / "out.safetensors", overwrite=True)
     assert_same(load_safetensors(tmp_path / "out.safetensors"), trained(1))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.safetensors", "out.safetensors"]
+
+
+def test_an_output_that_may_not_be_replaced_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the rename can tell it where rights were taken from root, as in some containers. What was made is kept."""
+    (tmp_path / "out.bin").write_bytes(b"old")
+    staging = parse(tmp_path / "out.bin").stage(overwrite=True)
+    staging.create("out.bin", 3).write_full(b"new", 0)
+    staging.as_folder = False
+
+    def refused(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "replace", refused)
+    with pytest.raises(sm.RecipeError, match=r"out\.bin may not be replaced \(Operation not permitted\)") as caught:
+        staging.commit(as_folder=False)
+    assert isinstance(caught.value.__cause__, PermissionError)
+    staging.abort(keep=True)
+    assert (tmp_path / "out.bin").read_bytes() == b"old"

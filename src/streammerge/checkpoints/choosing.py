@@ -90,7 +90,10 @@ def advice_on_newest(paths: list[str]) -> str:
     *_, before, newest = ["", "", *in_order(known)]
     if not before or _is_readable(newest) or not _is_readable(before):
         return ""
-    number = numbers_of(known)[before]
+    numbers = numbers_of(known)
+    number, last = numbers[before] or 0, numbers[newest] or 0
+    if number >= last:
+        return ""
     return f'; {printable(newest)} is the newest and may not be whole: `range=":{number}"` leaves it out'
 
 

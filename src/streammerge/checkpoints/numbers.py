@@ -1,7 +1,7 @@
 """What a checkpoint's name says: its step, its epoch, another number, and the values of metrics.
 
-One rule serves ``last``, ``range`` and ``best``: a step goes before an epoch, and an epoch before any other number. The
-value of a metric (``val_loss=0.123``) is never taken for the number of a checkpoint.
+One rule serves ``last``, ``range`` and ``best``: a step goes before an epoch, an epoch before any other number, and that
+before a date with its time. The value of a metric (``val_loss=0.123``) is never taken for the number of a checkpoint.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ _KINDS = {
     "batch": re.compile(rf"batch(?:es)?{_VALUE}", re.IGNORECASE),
 }
 _DECIMAL = re.compile(r"(?<![\d.])\d+\.\d+(?:e[+-]?\d+)?|\d+e-\d+", re.IGNORECASE)
+_DAY = r"([-_.])(0[1-9]|1[0-2])\2(0[1-9]|[12]\d|3[01])|(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])(?=[T_-]?\d{6}(?!\d))"
+_HOUR = r"[T _-]?([01]\d|2[0-3])[-_:.h]?([0-5]\d)(?:[-_:.m]?([0-5]\d))?"
+_TIME = re.compile(rf"(?<!\d)((?:19|20)\d\d)(?:{_DAY})(?:{_HOUR})?(?!\d)")
+"""A date, with its time or without: ``2024-01-31_12-00-00``. Eight digits without a time are a number like others."""
 _WHOLE = re.compile(r"(\d{1,18})([kKmM](?![A-Za-z0-9]))?")
 _FACTORS = {"": 1, "k": 1000, "m": 1_000_000}
 _NUMBER = r"(-?(?:\d+(?:\.\d+)?|\.\d+)(?:e[+-]?\d+)?|-?inf|nan)"
@@ -32,12 +36,16 @@ def numeric_order(text: str) -> list[tuple[int, int, str]]:
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """The last number of each kind in one name; ``other`` is the last whole number that is no part of a decimal one."""
+    """The last number of each kind in one name; ``other`` is the last whole number that is no part of a decimal one.
+
+    ``time``: a date with its time as one number, such as 20240131120000.
+    """
 
     step: int | None = None
     epoch: int | None = None
     batch: int | None = None
     other: int | None = None
+    time: int | None = None
 
     def get(self, kind: str) -> int | None:
         found = getattr(self, kind)
@@ -47,8 +55,14 @@ class Numbers:
 def numbers_in(name: str) -> Numbers:
     """The numbers in one part of a path, its ending left out."""
     name = re.sub(r"(\.[A-Za-z]\w*)+$", "", name)
+    time = None
+    if stamp := _TIME.search(name):
+        year, _, *parts = stamp.groups()
+        month, day = (parts[0], parts[1]) if parts[0] else (parts[2], parts[3])
+        time = int("".join(each or "00" for each in (year, month, day, *parts[4:])))
+        name = f"{name[: stamp.start()]} {name[stamp.end() :]}"
     found = {kind: _last(pattern.findall(name)) for kind, pattern in _KINDS.items()}
-    return Numbers(**found, other=_last(_WHOLE.findall(_DECIMAL.sub(" ", name)) or _WHOLE.findall(name)))
+    return Numbers(**found, time=time, other=_last(_WHOLE.findall(_DECIMAL.sub(" ", name)) or _WHOLE.findall(name)))
 
 
 def _last(found: Sequence[tuple[str, str]]) -> int | None:
@@ -74,6 +88,8 @@ _ORDER = [
     *((kind, "folder") for kind in _WORDS),
     ("other", "name"),
     ("other", "folder"),
+    ("time", "name"),
+    ("time", "folder"),
 ]
 
 

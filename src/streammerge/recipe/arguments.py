@@ -122,9 +122,9 @@ def conversion(
 
 def _weights(weights: Sequence[float], inputs: int) -> list[float]:
     if len(weights) != inputs:
-        raise RecipeError(
-            f"{counted(len(weights), 'weight')} for {counted(inputs, 'input')}; give one weight per input, like 0.6,0.4"
-        )
+        whole = len(weights) == 2 * inputs and all(float(each).is_integer() for each in weights)
+        advice = "give one weight per input, like 0.6,0.4" + "; a decimal number has a point, not a comma" * whole
+        raise RecipeError(f"{counted(len(weights), 'weight')} for {counted(inputs, 'input')}; {advice}")
     if not all(map(math.isfinite, weights)):
         raise RecipeError("weights must be finite numbers")
     return list(map(float, weights))

@@ -130,6 +130,9 @@ class SettingKind(Kind):
         value = [*map(plain_number, value)] if isinstance(value, list | tuple) else value
         points = value if isinstance(value, list) else [value]
         for point in points:
+            if point is None and str(path[-1]).isdecimal():
+                problems.add(path, f"{path[-1]} has no value; a decimal number has a point, as in 0.5")
+                return None
             if not isinstance(point, bool | int | float | str):
                 problems.add(path, f"{shown(path[-1])} takes a number, a truth value or a word, not {shown(point)}")
                 return None

@@ -194,9 +194,14 @@ class LocalStaging(Staging):
                 os.rename(journal, put_by)  # after a crash, this name says that the run was finished
             self._made = _identity_of(made)
             self._rename(made)
-        except BaseException:
+        except BaseException as error:
             if put_by.exists() and not self.published:
                 os.rename(put_by, journal)
+            if isinstance(error, PermissionError):
+                raise RecipeError(
+                    f"{printable(self.out)} may not be replaced ({error.strerror}); it may be another user's, so choose "
+                    "another name, or have it removed"
+                ) from error
             raise
         try:
             self._sync_folder(self._place.parent)
