@@ -225,7 +225,11 @@ def merge(
         if request.out is None:
             raise RecipeError("a merge needs a name for its output; pass `out`")
         request.out.sweep()
-        request.out.check_writable(running.overwrite)
+        try:
+            request.out.check_writable(running.overwrite)
+        except RecipeError:
+            request.refuse_input_as_output()  # this one could not be replaced with `overwrite` either
+            raise
         if report is not None or statistics:  # before memory is counted from, and here, because most merges have no report
             from streammerge.reporting import making, recorded
             from streammerge.requests.inputs import path_of

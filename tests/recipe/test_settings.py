@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from streammerge.errors import RecipeError
 from streammerge.methods.registry import find_method
+from streammerge.recipe.reader import read_recipe
 from streammerge.recipe.settings import Case, Chain, Setting, constant, evaluate, is_same_for_all
 
 
@@ -62,3 +65,15 @@ def test_what_is_the_same_for_all_tensors(setting: Setting, same: bool) -> None:
     assert is_same_for_all(setting) is same
     values = {evaluate(setting, name, t, float) for name in ("mlp", "x") for t in (0.0, 1.0)}
     assert (len(values) == 1) is same
+
+
+def test_a_decimal_comma_is_told(tmp_path: Path) -> None:
+    """YAML reads `{weight: 0,5}` as a weight of 0, and a key 5 without a value."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("merge_method: linear\nmodels:\n  - model: a.pth\n    parameters: {weight: 0,5}\n")
+    with pytest.raises(RecipeError, match=r"r\.yaml:4:28: 5 has no value; a decimal number has a point, as in 0\.5"):
+        read_recipe(recipe)
+    with pytest.raises(RecipeError, match=r"absent\.yaml does not exist"):
+        read_recipe(tmp_path / "absent.yaml")
+    with pytest.raises(RecipeError, match=r"is not a file; a recipe is a YAML file"):
+        read_recipe(tmp_path)

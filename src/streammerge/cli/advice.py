@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -63,7 +62,9 @@ def _of_option(error: click.NoSuchOption, typed: Sequence[str]) -> str:
         return f"; {_ELSEWHERE[name]}"
     if error.ctx is not None and any(name.lower() in option.opts for option in error.ctx.command.params):
         return f"; did you mean {name.lower()}?"
-    if named := next((each for each in typed if each.startswith(name) and os.path.lexists(each)), ""):
+    from streammerge.stores.locations import parse
+
+    if named := next((each for each in typed if each.startswith(name) and parse(each).lexists()), ""):
         return f"; if it is the path, write {quoted(f'./{named}')}"
     word = name.lstrip("-").replace("-", "_")
     given = typed[typed.index(name) + 1] if name in typed[:-1] else "VALUE"

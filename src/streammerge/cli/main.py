@@ -8,7 +8,6 @@ import gc
 import os
 import sys
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import click
@@ -155,8 +154,10 @@ def _told(error: Exception) -> tuple[str, int]:
 
 def _has_folder() -> bool:
     """Whether the current folder still exists."""
+    from streammerge.stores.locations import parse
+
     try:
-        Path.cwd()
+        parse(".").absolute()
     except FileNotFoundError:
         return False
     return True

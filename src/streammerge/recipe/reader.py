@@ -75,7 +75,8 @@ def read_recipe(
     path = parse(source)
     name = printable(source)
     if not path.is_file():
-        raise RecipeError(f"{name} is not a file; a recipe is a YAML file")
+        what = "is not a file; a recipe is a YAML file" if path.exists() else "does not exist"
+        raise RecipeError(path.broken_link() or f"{name} {what}")
     try:
         size = path.size
         if size > _MOST_BYTES:

@@ -37,7 +37,7 @@ from streammerge.requests.adapters import (
 from streammerge.requests.inputs import Held, named, names_and_weights, path_of
 from streammerge.requests.plans import OnOpened, planned, unheard
 from streammerge.stores.base import Location
-from streammerge.stores.locations import parse
+from streammerge.stores.locations import parse, resolved
 
 if TYPE_CHECKING:
     from streammerge.factoring.making import Making
@@ -89,6 +89,15 @@ class Request:
             merging,
             *(picked(group, given) for group in (Choosing, Naming, Policies, Selecting, Resources, Executing, Writing)),  # type: ignore[arg-type]
         )
+
+    def refuse_input_as_output(self) -> None:
+        """Raises FormatError if the output is an input by its name."""
+        base = self.merging.base
+        typed = {path for path in (*self.inputs, *([base] if isinstance(base, str) else [])) if path not in self.held}
+        if self.out is not None and resolved(str(self.out)) in {resolved(path) for path in typed}:
+            from streammerge.running.execution import input_as_output  # here, because most outputs are new
+
+            raise input_as_output(self.out, "is")
 
     def plan(self, on_opened: OnOpened = unheard) -> Plan:
         """Returns the plan of what was asked for. Raises the errors of :func:`streammerge.plan`."""

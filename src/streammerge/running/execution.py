@@ -181,6 +181,11 @@ def may_pass(error: BaseException) -> bool:
     )
 
 
+def input_as_output(out: Location, what: str) -> FormatError:
+    """The error of an output that ``what`` ("is" or "holds") an input."""
+    return FormatError(f"{printable(out)} {what} one of the inputs; inputs are never written, choose another output")
+
+
 def refuse_input_as_output(out: Location, plan: Plan) -> None:
     """Raises FormatError when the output is an input under any name, holds an input, or lies in the folder of an input."""
     same = {known.place for known in plan.identities.values()}
@@ -189,7 +194,7 @@ def refuse_input_as_output(out: Location, plan: Plan) -> None:
     holds = out.is_folder() and any(out.resolve() in path.parents for path in inputs)
     if holds or any(path.status().place in same for path in written):
         what = "holds" if out.is_folder() else "is"
-        raise FormatError(f"{printable(out)} {what} one of the inputs; inputs are never written, choose another output")
+        raise input_as_output(out, what)
     folders = {owner.resolve() for owner in dict.fromkeys(plan.owners.values()) if owner.is_folder()}
     if folders & {*out.resolve().parents}:
         raise FormatError(
