@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import mean, octets, trained, voice
 from safetensors.torch import save_file
@@ -35,3 +36,13 @@ def test_convert_first_believes_no_file_that_holds_something_else(tmp_path: Path
         sm.merge(voices, tmp_path / "again.pth", convert_first=tmp_path / "kept", overwrite=True)
         assert path.read_bytes() == before
         assert (tmp_path / "again.pth").read_bytes() == (tmp_path / "out.pth").read_bytes()
+
+
+def test_no_conversion_goes_into_the_folder_of_an_input(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        torch.save({"w": torch.ones(3)}, tmp_path / name / "model.pt")
+    for folder in (tmp_path / "b", tmp_path / "b/new"):
+        with pytest.raises(sm.RecipeError, match="is, or lies in, the folder of an input; inputs are never written"):
+            sm.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out/", convert_first=folder)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "model.pt", "model.pt"]

@@ -488,3 +488,14 @@ def test_adapters_alone_are_no_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyP
     recipe = {"merge_method": "linear", "models": [{"model": "a"}, {"model": "b"}]}
     with pytest.raises(sm.RecipeError, match="adapters alone"):
         sm.sweep(recipe=recipe, out="out", weights=[[0.5, 0.5], [0.4, 0.6]])
+
+
+def test_a_sweep_that_is_refused_leaves_no_folder(here: Path) -> None:
+    for folder in ("a/new", "new/folder"):
+        with pytest.raises(sm.StreammergeError):
+            sm.sweep(["a", "b" if folder[0] == "a" else "a.safetensors:x"], folder, weights=[[0.5, 0.5], [0.3, 0.7]])
+    assert not Path("a/new").exists()
+    Path("empty").mkdir()
+    with pytest.raises(sm.StreammergeError):
+        sm.sweep(["a", "absent"], "empty", weights=[[0.5, 0.5]])
+    assert Path("empty").is_dir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -118,6 +119,16 @@ class Sweep:
 
     def run(self) -> SweepResult:
         """Makes the outputs. Raises the errors of :func:`streammerge.merge`, and TaskError for a score that fails."""
+        new = not self.folder.exists()
+        try:
+            return self._run()
+        except BaseException:
+            if new and self.folder.is_folder():
+                with suppress(OSError):
+                    self.folder.remove_files(())  # if nothing was made, it is empty
+            raise
+
+    def _run(self) -> SweepResult:
         began = time.perf_counter()
         self.folder.make_folder()
         earlier, score = read_record(self.folder), None if self.asked.score is None else scorer(self.asked.score)
