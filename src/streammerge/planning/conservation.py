@@ -176,7 +176,7 @@ def _account(name: str, index: CheckpointIndex, uses: _Uses, reasons: _Reasons) 
             account.add(("tied", ""), old, index.renamed.get(first, first))
         elif use:
             account.add(use[0] if own in index.entries else ("read", HELPERS), old, use[1])
-        elif own in helpers:
+        elif own in helpers and ((codes := helpers[own]) is None or uses.of(entries[codes])):
             account.add(("read", HELPERS), old)  # such as the shape of a pack, which its header tells too
         else:
             account.add(why.of(own, entry), old)
@@ -184,14 +184,15 @@ def _account(name: str, index: CheckpointIndex, uses: _Uses, reasons: _Reasons) 
     return account
 
 
-def _helpers(index: CheckpointIndex) -> set[str]:
-    """Returns the tensors that only help to read quantised weights, or scale activations of these."""
+def _helpers(index: CheckpointIndex) -> dict[str, str | None]:
+    """Returns the tensors that only help to read quantised weights -> the codes of the weight. None for scales of
+    activations."""
     if not index.quantised:
-        return set()
+        return {}
     from streammerge.quantised.dequantised import scales_activations  # here, because most weights are plain
 
-    found = {name for weight in index.quantised.values() for name in weight.stored[1:]}
-    return found | {*filter(scales_activations, index.stored or ())}
+    of_activations: dict[str, str | None] = dict.fromkeys(filter(scales_activations, index.stored or ()))
+    return of_activations | {name: each.stored[0] for each in index.quantised.values() for name in each.stored[1:]}
 
 
 def _add_others(index: CheckpointIndex, uses: _Uses, account: Account) -> None:
