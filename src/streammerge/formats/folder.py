@@ -133,7 +133,7 @@ def declared(folder: Location) -> tuple[list[str], str]:
 
 
 def _routed(folder: Location, path: str) -> list[str]:
-    """Returns the subfolder of a module, and those of the modules among which it chooses (a router of sentence-transformers)."""
+    """Returns the subfolder of a module, and those of the modules among which it chooses, if it is a router."""
     place, names = folder / path if path else folder, dict[str, Any]()
     for file in ROUTED if place.is_folder() else ():
         content = _json(place / file) if (place / file).is_file() else None
