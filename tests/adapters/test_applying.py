@@ -116,6 +116,36 @@ def test_new_heads_of_several_models_are_merged() -> None:
     assert torch.equal(torch.load("out.pth")["score.weight"], ((heads[0].double() + heads[1]) / 2).float())
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_what_was_trained_whole_and_lies_beside_the_adapter(has: bool) -> None:
+    """LLaVA writes its projector into a file of its own; a language model without images lacks it."""
+    base, name = base_tensors(), "model.mm_projector.0.weight"
+    base_of(base | ({name: drawn(3, 16, 16)} if has else {}))
+    lora = factors(Q, 24, 16)
+    adapter_of(lora, config={"r": 4, "lora_alpha": 4})
+    torch.save({f"base_model.model.{name}": drawn(4, 16, 16)}, "lora/non_lora_trainables.bin")
+    torch.save({"other.weight": drawn(5, 2)}, "lora/value_head.bin")
+    Path("lora/notes.bin").write_text("no weights")
+    result = sm.merge(["base+lora"], out="out/")
+    expected = {each: tensor.double() for each, tensor in base.items()} | {name: drawn(4, 16, 16)}
+    expected[f"{Q}.weight"] += change(lora, Q, 1)
+    same(load_file("out/model.safetensors"), expected)
+    said = "lora/non_lora_trainables.bin has 1 tensor that was trained whole (model.mm_projector.0.weight)"
+    assert any(said in note for note in result.notes)
+    assert any("lora brings model.mm_projector.0.weight" in each for each in result.warnings) != has
+    sm.verify("out/")
+    with pytest.raises(sm.MismatchError, match="it is a whole tensor, and no factor, so adapters alone cannot be merged"):
+        sm.merge(["lora", "lora"], out="both/")
+
+
+def test_weights_beside_an_adapter_that_it_does_not_take_are_told() -> None:
+    base_of(base_tensors())
+    adapter_of(factors(Q, 24, 16), config={"r": 4, "lora_alpha": 4})
+    torch.save({"v_head.weight": drawn(5, 2)}, "lora/value_head.bin")
+    notes = sm.merge(["base+lora"], out="out/").notes
+    assert any("the folder also holds value_head.bin" in note for note in notes)
+
+
 def test_a_head_says_nothing_about_a_base_in_which_no_other_module_is_found() -> None:
     base_of({"wholly.other.weight": drawn(1, 16, 16)})
     adapter_of(factors(Q, 24, 16) | {"score.weight": drawn(9, 3, 16)}, config=_HEAD)

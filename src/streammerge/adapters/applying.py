@@ -133,8 +133,8 @@ class _Adapted:
     def _is_new(self, adapter: Adapter, module: Module) -> bool:
         """Whether a module that the base lacks is a new head: PEFT trains it whole, and its configuration lists it."""
         config = adapter.config
-        parts = {part for each in config.saved for part in each.split(".")} if config is not None else set[str]()
-        return module.kind == "saved" and not parts.isdisjoint(module.name.split("."))
+        saved = config.saved if config is not None else ()
+        return module.kind == "saved" and any(f".{each}." in f".{module.name}." for each in saved)
 
     def _add_whole(self, module: Module) -> str:
         """Adds a whole tensor that the base lacks, in the dtype that most tensors of the base have. Returns its name."""
