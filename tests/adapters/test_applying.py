@@ -512,6 +512,8 @@ def test_an_index_takes_any_source_for_a_name() -> None:
             "a factor of int64",
         ),
         ({f"{V}.weight": drawn(1, 11, 16)}, {"r": 4}, "would replace a tensor of shape"),
+        (factors(Q, 24, 16) | {"lm_head.weight": torch.zeros(0)}, {"r": 4}, r"lm_head\.weight is a placeholder"),
+        ({f"{Q}.lora_A.weight": torch.zeros(0), f"{Q}.lora_B.weight": torch.zeros(0)}, {"r": 4}, "is a placeholder"),
         ({f"{V}.weight": drawn(1, 12, 16).long()}, {"r": 4}, "would replace float32 by int64"),
         (
             {"lm_head.weight": drawn(1, 31, 16)},

@@ -170,6 +170,11 @@ def adapter_of(index: CheckpointIndex, config: Config | None = None) -> Adapter:
     multiplied = {name.removesuffix(_ON_INPUT) for name in index if name.endswith(_ON_INPUT)}
     for name, source in index.items():
         key = _split(name)
+        if not source.spec.numel:
+            raise MismatchError(
+                f"{made.where}: {printable(name)} is a placeholder without elements, as ZeRO-3 saves what it has divided; "
+                "save the adapter anew with its weights gathered, or take a checkpoint of the run that has them"
+            )
         if not key.part and key.module.endswith(".weight") and name.removesuffix(".weight") in multiplied:
             key = _Key(key.module.removesuffix(".weight"), _MULTIPLE, key.depth)
         if source.spec.dtype.kind != "float" and key.part not in ("", _ALPHA, _GROWN, "on_input"):
