@@ -82,6 +82,77 @@ def test_embeddings_saved_modules_biases_and_rows() -> None:
     same(baked("base+lora"), expected)
 
 
+_HEAD = {"r": 4, "lora_alpha": 4, "task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
+
+
+@pytest.mark.parametrize("out", ["out/", "out.safetensors"])
+def test_a_head_that_the_base_lacks_is_added(out: str) -> None:
+    """PEFT puts a new head on a language model to train a classifier or a reward model, and saves it whole."""
+    base, lora = base_tensors(BF16), factors(Q, 24, 16) | {"score.weight": drawn(9, 3, 16)}
+    base_of(base)
+    adapter_of(lora, config=_HEAD)
+    result = sm.merge(["base+lora"], out=out)
+    expected = {name: tensor.double() for name, tensor in base.items()} | {"score.weight": drawn(9, 3, 16)}
+    expected[f"{Q}.weight"] += change(lora, Q, 1)
+    made = load_file(f"{out}model.safetensors" if out.endswith("/") else out)
+    same(made, expected)
+    assert {each.dtype for each in made.values()} == {BF16}
+    assert [each for each in result.warnings if "score" in each] == [
+        "lora brings score.weight [3, 16], which base lacks, so the output has it too; the configuration does not tell of "
+        "it: load it with the class and the number of labels of the training (SEQ_CLS)"
+    ]
+    sm.verify(out)
+
+
+def test_new_heads_of_several_models_are_merged() -> None:
+    base_of(base_tensors())
+    torch.save(base_tensors(), "base.pth")
+    heads = drawn(8, 3, 16), drawn(9, 3, 16)
+    for name, head in zip("ab", heads, strict=True):
+        adapter_of(factors(Q, 24, 16) | {"score.weight": head}, name, _HEAD)
+    sm.merge(["base+a", "base+b"], out="out.safetensors")
+    assert torch.equal(load_file("out.safetensors")["score.weight"], ((heads[0].double() + heads[1]) / 2).float())
+    sm.merge(["base.pth+a", "base.pth+b"], out="out.pth")
+    assert torch.equal(torch.load("out.pth")["score.weight"], ((heads[0].double() + heads[1]) / 2).float())
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_what_was_trained_whole_and_lies_beside_the_adapter(has: bool) -> None:
+    """LLaVA writes its projector into a file of its own; a language model without images lacks it."""
+    base, name = base_tensors(), "model.mm_projector.0.weight"
+    base_of(base | ({name: drawn(3, 16, 16)} if has else {}))
+    lora = factors(Q, 24, 16)
+    adapter_of(lora, config={"r": 4, "lora_alpha": 4})
+    torch.save({f"base_model.model.{name}": drawn(4, 16, 16)}, "lora/non_lora_trainables.bin")
+    torch.save({"other.weight": drawn(5, 2)}, "lora/value_head.bin")
+    Path("lora/notes.bin").write_text("no weights")
+    result = sm.merge(["base+lora"], out="out/")
+    expected = {each: tensor.double() for each, tensor in base.items()} | {name: drawn(4, 16, 16)}
+    expected[f"{Q}.weight"] += change(lora, Q, 1)
+    same(load_file("out/model.safetensors"), expected)
+    said = "lora/non_lora_trainables.bin has 1 tensor that was trained whole (model.mm_projector.0.weight)"
+    assert any(said in note for note in result.notes)
+    assert any("lora brings model.mm_projector.0.weight" in each for each in result.warnings) != has
+    sm.verify("out/")
+    with pytest.raises(sm.MismatchError, match="it is a whole tensor, and no factor, so adapters alone cannot be merged"):
+        sm.merge(["lora", "lora"], out="both/")
+
+
+def test_weights_beside_an_adapter_that_it_does_not_take_are_told() -> None:
+    base_of(base_tensors())
+    adapter_of(factors(Q, 24, 16), config={"r": 4, "lora_alpha": 4})
+    torch.save({"v_head.weight": drawn(5, 2)}, "lora/value_head.bin")
+    notes = sm.merge(["base+lora"], out="out/").notes
+    assert any("the folder also holds value_head.bin" in note for note in notes)
+
+
+def test_a_head_says_nothing_about_a_base_in_which_no_other_module_is_found() -> None:
+    base_of({"wholly.other.weight": drawn(1, 16, 16)})
+    adapter_of(factors(Q, 24, 16) | {"score.weight": drawn(9, 3, 16)}, config=_HEAD)
+    with pytest.raises(sm.MismatchError, match="give the base that the adapter was made for"):
+        sm.merge(["base+lora"], out="out/")
+
+
 def test_embeddings_of_more_rows_replace_the_base() -> None:
     base = base_tensors()
     base_of(base, vocab_size=30)
@@ -117,19 +188,26 @@ def test_trained_rows_of_a_resized_vocabulary() -> None:
 
 @pytest.mark.parametrize("trained", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
 @pytest.mark.parametrize("shared", [False, True], ids=["one name", "shared storage"])
-def test_what_peft_trains_apart_is_tied_no_longer(trained: list[str], shared: bool) -> None:
+@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "pickle"])
+def test_what_peft_trains_apart_is_tied_no_longer(trained: list[str], shared: bool, pickled: bool) -> None:
     """A whole module is a copy beside the base's, so PEFT computes with two tensors from then on."""
     table, head = (f"{name}.weight" for name in TABLES)
     base = {table: drawn(1, 30, 16), f"{Q}.weight": drawn(2, 24, 16)}
     base_of(base, tie_word_embeddings=True, vocab_size=30)
     if shared:
+        base |= {head: base[table]}
+    if shared or pickled:
         Path("base/model.safetensors").unlink()
-        torch.save(base | {head: base[table]}, "base/pytorch_model.bin")
+        torch.save(base, "base/pytorch_model.bin")
     new = {table: drawn(3, 30, 16), head: drawn(4, 30, 16)}
     whole = {name: tensor for name, tensor in new.items() if name.split(".")[-2] in trained}
     adapter_of(factors(Q, 24, 16) | whole, config={"r": 4, "lora_alpha": 4, "modules_to_save": trained})
-    sm.convert("base+lora", "out/")
-    made = load_file("out/model.safetensors")
+    if pickled:
+        sm.merge(["base+lora"], "out/")
+        made = torch.load("out/pytorch_model.bin")
+    else:
+        sm.convert("base+lora", "out/")
+        made = load_file("out/model.safetensors")
     for name in (table, head):
         assert torch.equal(made[name], whole.get(name, base[table]))
     assert '"tie_word_embeddings": false' in Path("out/config.json").read_text()
@@ -403,6 +481,11 @@ def test_an_index_takes_any_source_for_a_name() -> None:
         (factors(Q, 23, 16), {"r": 4}, r"q_proj\.lora_A\.weight does not fit .*q_proj\.weight of shape \[24, 16\]"),
         (factors(Q, 24, 15), {"r": 4}, r"q_proj\.lora_A\.weight does not fit"),
         (factors(Q, 24, 16) | {"model.norm.gone": drawn(1, 3)}, {"r": 4}, r"model\.norm\.gone has no tensor"),
+        (
+            factors(V, 12, 16) | {f"{V}.lora_B.bias": drawn(1, 12)},
+            {"r": 4, "lora_bias": True},
+            r"v_proj\.lora_B\.bias is added to a bias, and model\.layers\.1\.self_attn\.v_proj\.weight of base has none",
+        ),
         (factors(Q, 24, 16), {"r": 4, "use_qalora": True}, "use_qalora is set"),
         (factors(Q, 24, 16), {"r": 4, "alora_invocation_tokens": [1]}, "alora_invocation_tokens is set"),
         (factors(Q, 24, 16), {"r": 4, "a_new_key": {"x": 1}}, "a_new_key is set"),
@@ -429,6 +512,8 @@ def test_an_index_takes_any_source_for_a_name() -> None:
             "a factor of int64",
         ),
         ({f"{V}.weight": drawn(1, 11, 16)}, {"r": 4}, "would replace a tensor of shape"),
+        (factors(Q, 24, 16) | {"lm_head.weight": torch.zeros(0)}, {"r": 4}, r"lm_head\.weight is a placeholder"),
+        ({f"{Q}.lora_A.weight": torch.zeros(0), f"{Q}.lora_B.weight": torch.zeros(0)}, {"r": 4}, "is a placeholder"),
         ({f"{V}.weight": drawn(1, 12, 16).long()}, {"r": 4}, "would replace float32 by int64"),
         (
             {"lm_head.weight": drawn(1, 31, 16)},

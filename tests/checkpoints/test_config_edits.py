@@ -150,3 +150,20 @@ def test_edits_are_described_by_their_keys() -> None:
         "added is now None",
         f"note is now y\\n {was}, dtype is now float16 (was float32)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "has quantization_config (bitsandbytes), but"),
+        ({"text_config": {"quantization_config": {}}}, "has text_config.quantization_config, but"),
+        ({"compression_config": {"format": "dense"}}, "has compression_config, but"),
+    ],
+)
+def test_a_statement_about_codes_without_codes_is_told_and_stays(tree: dict[str, Any], words: str) -> None:
+    made = edits(**tree)
+    made.compare_codes(lambda: True)
+    assert not made.notes
+    made.compare_codes(lambda: False)
+    assert [words in note for note in made.notes] == [True]
+    assert made.values == {}

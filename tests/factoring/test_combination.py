@@ -168,3 +168,15 @@ def test_what_is_no_product_is_refused_with_the_way_that_works() -> None:
     with pytest.raises(sm.RecipeError, match="weights for 2 inputs"):
         sm.merge(["one", "other"], out="made/", weights=[1, 2, 3])
     assert not Path("made").exists()
+
+
+def test_files_beside_an_adapter_that_are_not_in_the_output_are_told() -> None:
+    two()
+    result = sm.merge(["one", "other"], out="out/")
+    assert not any("left out" in note for note in result.notes)
+    for name in ("tokenizer.json", "chat_template.jinja", "README.md", "optimizer.pt"):
+        Path("one", name).write_text("{}")
+    result = sm.merge(["one", "other"], out="out/", overwrite=True)
+    assert [note for note in result.notes if "left out" in note] == [
+        "left out of the output, copy them if it needs them: chat_template.jinja, tokenizer.json of one"
+    ]

@@ -105,6 +105,29 @@ def test_union_adds_what_only_a_later_model_has(container: str) -> None:
     assert any("b.pth has 2 that a.pth lacks (they are added): head.b, n" in warning for warning in result.warnings)
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "others"),
+    [
+        ("bert.", "", {"pooler.w": "bert.pooler.w", "cls.w": "bert.cls.w"}),
+        ("", "bert.", {"bert.pooler.w": "pooler.w", "cls.w": "cls.w"}),
+        ("model.text.", "model.", {"model.pooler.w": "model.text.pooler.w", "score.w": "score.w"}),
+    ],
+)
+def test_union_adds_by_the_names_of_the_first(ours: str, theirs: str, others: dict[str, str]) -> None:
+    """A loader looks for what is added where the first's other tensors are."""
+    saved(
+        one=model(1, ours, layers=20) | {"head.w": draw(5, 3)},
+        two=model(2, theirs, layers=20) | {name: draw(6, 2) for name in others},
+    )
+    made, _ = merged("one", "two", on_missing="union")
+    assert made.keys() == model(1, ours, layers=20).keys() | {"head.w", *others.values()}
+    assert all(torch.equal(made[name], draw(6, 2)) for name in others.values())
+    torch.save(model(1, ours, layers=20), "one.pth")
+    torch.save(model(2, theirs, layers=20) | {name: draw(6, 2) for name in others}, "two.pth")
+    sm.merge(["one.pth", "two.pth"], "out.pth", on_missing="union")
+    assert torch.load("out.pth").keys() == model(1, ours, layers=20).keys() | set(others.values())
+
+
 def test_union_of_shards_of_the_same_file_names() -> None:
     """Added tensors go into a shard of the first; a shard of the other has the same name."""
     for folder, tensors in (("a", model(1)), ("b", model(2) | {"extra": draw(9, 3)})):

@@ -128,3 +128,38 @@ def test_a_merge_of_files_warns_of_the_vocabularies_beside_them() -> None:
     said = [each for each in sm.plan(["a/0.pth", "a/1.pth", "b/0.pth", "c/0.pth"]).warnings if "tokenizers" in each]
     assert len(said) == 1
     assert said[0].startswith("the tokenizers of a/0.pth and b/0.pth give tokens other numbers")
+
+
+def _language_model(name: str, rows: int, **tokenizer: Any) -> None:
+    folder(name, BPE | tokenizer)
+    save_file({"model.embed_tokens.weight": torch.full((rows, 2), float(len(name)))}, f"{name}/model.safetensors")
+    Path(name, "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": rows}))
+
+
+_MORE = [{"id": number, "content": f"<t{number}>"} for number in range(3, 8)]
+
+
+@pytest.mark.parametrize("words", [0, 100_000])  # a large vocabulary is not read, and its added tokens are
+def test_tokens_without_a_row_are_told(words: int) -> None:
+    more = [each | {"id": each["id"] + words} for each in _MORE]
+    model = {"type": "BPE", "vocab": {f"word{number}": number for number in range(words)}, "merges": []}
+    for name in ("a", "bb"):
+        _language_model(name, words + 6, added_tokens=more, **({"model": model} if words else {}))
+    said = [each for each in sm.plan(["a", "bb"]).notes if "tokens up to" in each]
+    assert said == [
+        f"the tokenizer of a numbers tokens up to {words + 7}, and model.embed_tokens.weight has {words + 6:,} rows: "
+        'a text with <t6>, <t7> stops a program that loads the output; `tokenizer_source="base"` leaves such tokens out'
+    ]
+    for recipe in ({"tokenizer_source": "base"}, {"tokenizer_source": "union"}):
+        sm.merge(["a", "bb"], out="out/", overwrite=True, **recipe)
+        kept = {each["content"] for each in json.loads(Path("out/tokenizer.json").read_text())["added_tokens"]}
+        assert kept == {"<t3>", "<t4>", "<t5>"}
+    assert not [each for each in sm.plan(["out", "bb"]).notes if "tokens up to" in each]
+
+
+def test_tokens_of_which_each_has_a_row_are_not_told() -> None:
+    for name in ("a", "bb"):
+        _language_model(name, 8, added_tokens=_MORE)
+    assert not [each for each in sm.plan(["a", "bb"]).notes if "tokens up to" in each]
+    Path("a/tokenizer.json").write_text("{")  # a file that cannot be read tells nothing
+    assert not [each for each in sm.plan(["a", "bb"]).notes if "tokens up to" in each]

@@ -10,5 +10,5 @@ def test_names_of_checkpoints_in_memory() -> None:
 
 
 def test_names_of_recipes() -> None:
-    assert all(map(is_recipe_name, ("a.yaml", "in/a.yml", "a.json")))
+    assert all(map(is_recipe_name, ("a.yaml", "in/a.yml", "a.json", "A.YAML")))
     assert not any(map(is_recipe_name, ("model.safetensors.index.json", "a.pth", "yaml", "a.yaml/b.pth")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -93,7 +94,7 @@ class _Adapted:
         for layer in singles.values():
             change = partial(self._fuse, layer, strength)
             self._guarded(adapter, next(iter(layer.modules.values())), layer.block.place, change)
-        self._lost(adapter, lost, names, strength)
+        self._lost(adapter, lost, names, strength, touched)
         self._check_promises(adapter, touched)
         self.notes += [*adapter.notes, *dict.fromkeys(names.notes)]
         scale = "" if strength == 1.0 else f", times {strength:g}"
@@ -129,11 +130,37 @@ class _Adapted:
             "tensor of its own"
         )
 
-    def _lost(self, adapter: Adapter, lost: list[Module], names: Names, strength: float) -> None:
+    def _is_new(self, adapter: Adapter, module: Module) -> bool:
+        """Whether a module that the base lacks is a new head: PEFT trains it whole, and its configuration lists it."""
+        config = adapter.config
+        saved = config.saved if config is not None else ()
+        return module.kind == "saved" and any(f".{each}." in f".{module.name}." for each in saved)
+
+    def _add_whole(self, module: Module) -> str:
+        """Adds a whole tensor that the base lacks, in the dtype that most tensors of the base have. Returns its name."""
+        name, value = wanted_names(module)[0], module.parts["value"]
+        dtypes = Counter(each.spec.dtype for each in self.base.entries.values() if each.spec.dtype.kind == "float")
+        dtype = dtypes.most_common(1)[0][0] if dtypes and value.spec.dtype.kind == "float" else value.spec.dtype
+        self.base = replace(self.base, entries={**self.base.entries, name: rounded(value, dtype).named(name)})
+        return name
+
+    def _lost(self, adapter: Adapter, lost: list[Module], names: Names, strength: float, touched: set[str]) -> None:
         """Places modules again, since other modules may have told how the base calls theirs. Raises MismatchError if a
         module has no place."""
+        added = list[str]()
         for module in lost:
             spot = self._find(adapter, module, names)
+            if spot is None and touched and self._is_new(adapter, module):
+                added.append(self._add_whole(module))
+                continue
+            if spot is None and module.kind == "bias":
+                weight = self._find(adapter, replace(module, parameter="weight"), names)
+                if weight is not None:
+                    raise MismatchError(
+                        f"{adapter.where}: {printable(module.keys[0])} is added to a bias, and {printable(weight.name)} of "
+                        f"{printable(self.base.path)} has none, so no weights hold the sum; train without `lora_bias`, or "
+                        "load base and adapter without merging them"
+                    )
             if spot is None:
                 others = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
                 wanted = wanted_names(module)[0]
@@ -142,6 +169,13 @@ class _Adapted:
                     f"{printable(self.base.path)}{names.near(wanted)}; give the base that the adapter was made for"
                 )
             self._apply(adapter, module, spot, strength)
+        if added:
+            shapes = ", ".join(f"{printable(name)} {list(self.base.entries[name].spec.shape)}" for name in added)
+            task = f" ({printable(adapter.config.task)})" if adapter.config and adapter.config.task else ""
+            self.warnings.append(
+                f"{adapter.where} brings {shapes}, which {printable(self.plain.path)} lacks, so the output has it too; the "
+                f"configuration does not tell of it: load it with the class and the number of labels of the training{task}"
+            )
 
     def _check_promises(self, adapter: Adapter, touched: set[str]) -> None:
         """Raises MismatchError if the configuration names whole modules or rows that the adapter does not have."""

@@ -32,6 +32,7 @@ class Config:
     ``saved``: the modules that it brings whole. ``tokens``: the ends of modules' names -> the numbers of their trained
     rows; "" is the input embedding. ``everywhere``: the ends of the names of all modules that an IA3 adapter changes, if
     its configuration lists them. ``ties``: whether a head that was tied to embeddings stayed so, if one of them is whole.
+    ``task``: what the model was trained for, as PEFT calls it.
     """
 
     where: str
@@ -51,6 +52,7 @@ class Config:
     saved: tuple[str, ...] = ()
     everywhere: tuple[str, ...] = ()
     ties: bool = False
+    task: str = ""
 
     def rank(self, module: str) -> int:
         """Returns the rank of a module's factors."""
@@ -137,6 +139,7 @@ def config_of(tree: Mapping[str, Any], where: str) -> Config:
         tuple(map(str, _list(tree, "modules_to_save"))),
         tuple(f".{end}" for end in _list(tree, "target_modules")) if _is_whole(tree, kind) else (),
         take.truth("ensure_weight_tying"),
+        str(tree.get("task_type") or "").rpartition(".")[2],
     )
 
 

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 from streammerge.adapters.config import CONFIG, Config, config_of, read_config
 from streammerge.adapters.dialects import COMPONENTS, COPIES, PARTS, REFUSED_PARTS, SAME_PARTS, WRAPPERS
 from streammerge.checkpoints.index import CheckpointIndex, open_checkpoint
-from streammerge.errors import FormatError, MismatchError, printable
+from streammerge.errors import FormatError, MismatchError, StreammergeError, listed, printable
+from streammerge.formats.file_names import kind_of_file
 from streammerge.sources.base import Allocated, Source, read_whole
 from streammerge.stores.locations import PathLike
 from streammerge.tensors.dtypes import DType
+from streammerge.units import counted, inflected
 
 _KINDS: tuple[tuple[str, str], ...] = (
     ("A", "lora"),
@@ -113,7 +115,47 @@ def read_adapter(place: PathLike) -> Adapter:
         container = index.container
         files = (*container.files, folder / CONFIG)
         index = replace(index, container=replace(container, files=files), files=files)
+        if index.path.is_folder():
+            index, config, notes = _with_beside(index, config)
+            made = adapter_of(index, config)
+            made.notes += notes
+            return made
     return adapter_of(index, config)
+
+
+def _with_beside(index: CheckpointIndex, config: Config) -> tuple[CheckpointIndex, Config, list[str]]:
+    """Returns an adapter with the tensors that were trained whole and lie in a file of their own beside it, and notes.
+
+    LLaVA and its kin write what they train besides the factors, such as a projector, into ``non_lora_trainables.bin``. Its
+    tensors are called as PEFT calls those of the model. All other weights beside the adapter are no part of it.
+    """
+    entries, files, notes, names = dict(index.entries), list(index.files), list[str](), list[str]()
+    for path in index.path.children():
+        if kind_of_file(path.name) != "weights" or not path.is_file() or path in files:
+            continue
+        try:
+            other = open_checkpoint(path)
+        except StreammergeError:
+            continue  # the note of the folder names it
+        keys = {name: _split(name) for name in other}
+        if entries.keys().isdisjoint(keys) and all(
+            name.startswith(_OF_PEFT) and not key.part for name, key in keys.items()
+        ):
+            entries |= other.entries
+            files += other.files
+            names += [key.module for key in keys.values()]
+            notes.append(
+                f"{printable(path)} has {counted(len(keys), 'tensor')} that {inflected(len(keys), 'was', 'were')} trained "
+                f"whole ({listed([key.module for key in keys.values()], 2)}), in place of the base's"
+            )
+    if not names:
+        return index, config, index.notes
+    container = replace(index.container, files=tuple(files))
+    index = replace(index, entries=entries, container=container, files=tuple(files))
+    return index, replace(config, saved=(*config.saved, *names)), notes
+
+
+_OF_PEFT = "base_model.model."
 
 
 def adapter_of(index: CheckpointIndex, config: Config | None = None) -> Adapter:
@@ -128,6 +170,11 @@ def adapter_of(index: CheckpointIndex, config: Config | None = None) -> Adapter:
     multiplied = {name.removesuffix(_ON_INPUT) for name in index if name.endswith(_ON_INPUT)}
     for name, source in index.items():
         key = _split(name)
+        if not source.spec.numel:
+            raise MismatchError(
+                f"{made.where}: {printable(name)} is a placeholder without elements, as ZeRO-3 saves what it has divided; "
+                "save the adapter anew with its weights gathered, or take a checkpoint of the run that has them"
+            )
         if not key.part and key.module.endswith(".weight") and name.removesuffix(".weight") in multiplied:
             key = _Key(key.module.removesuffix(".weight"), _MULTIPLE, key.depth)
         if source.spec.dtype.kind != "float" and key.part not in ("", _ALPHA, _GROWN, "on_input"):

@@ -46,6 +46,18 @@ class Edits:
         for path, each in mappings(self.tree):
             self.values |= {(*path, key): REMOVED for key in QUANTISATION if key in each}
 
+    def compare_codes(self, has_codes: Callable[[], bool]) -> None:
+        """Notes a statement about codes, where no tensor is stored in codes. Some loaders quantise by it, most fail."""
+        stated = [((*path, key), each[key]) for path, each in mappings(self.tree) for key in QUANTISATION if key in each]
+        if stated and not has_codes():
+            path, value = stated[0]
+            kind = value.get("quant_method") if isinstance(value, dict) else None
+            by = f" ({printable(kind, _SHOWN)})" if kind else ""
+            self.notes.append(
+                f"{self.config.name} has {'.'.join(path)}{by}, but no tensor is stored in codes; it stays, so take it "
+                "out of the output unless the loader quantises these weights itself"
+            )
+
     # -- dtype --------------------------------------------------------------------------------------------------
 
     def _dtypes(self) -> dict[KeyPath, str]:

@@ -71,7 +71,7 @@ def output_name(
     if first is None or not parse(first).is_file():
         return out
     ending, why = ending_like(parse(first)), "like the first input"
-    if parse(first).suffix == ".gguf":
+    if parse(first).suffix.lower() == ".gguf":
         why = "since GGUF is not written"
     if ending:
         shown = printable(out)

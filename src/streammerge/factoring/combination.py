@@ -27,6 +27,8 @@ from streammerge.factoring.parameters import Parameters
 from streammerge.factoring.recording import Record
 from streammerge.factoring.single import SingleFile, refuse_first
 from streammerge.factoring.truncated import Wanted
+from streammerge.formats.file_names import kind_of_file
+from streammerge.formats.records import CARD_FILE
 from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.factors import FACTORS
 from streammerge.methods.registry import COPY
@@ -89,8 +91,18 @@ def combination(adapters: Sequence[Adapter], recipe: Recipe, single: bool = Fals
         record=Record.of(recipe, adapters, card=not single),
         file=file,
     )
+    if not single:
+        making.notes += _left_out(adapters[0].index.path)
     making.notes += [_said(each.way, each.weights if parameters.fixed else ()) for each in [*asked.values()][:1]]
     return making
+
+
+def _left_out(folder: Location) -> list[str]:
+    """Returns a note about files beside the first adapter that are not in the output, such as a tokenizer's."""
+    known = (CONFIG, CARD_FILE)
+    files = [path.name for path in folder.children() if path.is_file()] if folder.is_folder() else []
+    left = sorted(name for name in files if name not in known and kind_of_file(name) == "side")
+    return [f"left out of the output, copy them if it needs them: {listed(left, 6)} of {printable(folder)}"] if left else []
 
 
 def _said(way: MergeMethod | str, weights: Sequence[float]) -> str:

@@ -583,7 +583,7 @@ def refuse_output(made: Making, out: Location) -> None:
 def _refuse_kind(made: Making, out: Location) -> None:
     """Raises RecipeError for a file in place of a folder, or the other way round."""
     if made.file is not None:
-        if out.suffix != ".safetensors":
+        if out.suffix.lower() != ".safetensors":
             raise RecipeError(f"{printable(out)}: an adapter as one file is written as .safetensors; give it this ending")
         return
     if is_file_name(out):
@@ -599,7 +599,7 @@ def _refuse_kind(made: Making, out: Location) -> None:
 
 def is_file_name(out: Location) -> bool:
     """Whether an output is named like a file of weights."""
-    return out.suffix in _ENDINGS and not out.is_folder() and not out.ends_in_slash
+    return out.suffix.lower() in _ENDINGS and not out.is_folder() and not out.ends_in_slash
 
 
 _ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")

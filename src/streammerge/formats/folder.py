@@ -35,6 +35,7 @@ from streammerge.strict_json import load_json
 from streammerge.tensors.conventions import (
     INDEX_FIRST,
     PIPELINES,
+    ROUTED,
     WEIGHTS_KEY,
 )
 
@@ -126,9 +127,20 @@ def declared(folder: Location) -> tuple[list[str], str]:
             if kind == "folder" and isinstance(content, list):
                 paths = [each.get("path") for each in content if isinstance(each, dict)]
                 found = [each.strip("/") for each in paths if isinstance(each, str)]
-                inner = [each for key in found if key for each in _with_weights(folder, key)]
+                inner = [each for key in found for name in _routed(folder, key) for each in _with_weights(folder, name)]
                 return [*([""] if "" in found else []), *inner], kind
     return _trained(folder), _TRAINED
+
+
+def _routed(folder: Location, path: str) -> list[str]:
+    """Returns the subfolder of a module, and those of the modules among which it chooses, if it is a router."""
+    place, names = folder / path if path else folder, dict[str, Any]()
+    for file in ROUTED if place.is_folder() else ():
+        content = _json(place / file) if (place / file).is_file() else None
+        found = content.get("types") if isinstance(content, dict) and isinstance(content.get("structure"), dict) else None
+        if isinstance(found, dict):
+            names |= found
+    return [*([path] if path else []), *(f"{path}/{name}".lstrip("/") for name in names)]
 
 
 def _trained(folder: Location) -> list[str]:

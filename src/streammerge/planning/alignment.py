@@ -184,7 +184,7 @@ class _Aligner:
             self._record_dropped(names, ruled)
         views = None if self.alignment.merged else self._tables()
         made = self._rows(views, names, ruled) if views else self._objects(names, ties, ruled)
-        added = [self._addition(name, view) for name, view in self.missing.added.values()]
+        added = [self._addition(*each) for each in self.missing.added.values()]
         if isinstance(made, MergedTensors):
             for each in added:
                 made.add(each)
@@ -407,16 +407,16 @@ class _Aligner:
         self.alignment.mixed.setdefault(wide, []).append(spec.name)
         return replace(spec, dtype=wide) if self.recipe.promotes else spec
 
-    def _addition(self, name: str, view: View) -> Merged:
-        """A tensor that the first checkpoint lacks, as the first model that has it holds it."""
+    def _addition(self, name: str, home: str, view: View) -> Merged:
+        """A tensor that the first checkpoint lacks, as the first model that has it holds it. ``home``: its name here."""
         entry, rule = view.entries[name], self.rules.of(name)
         if rule is not None:
             self.rules.taken[id(rule)] += 1
         wished = (rule.dtype if rule else None) or self.recipe.recast
         dtype = wished if wished is not None and entry.spec.dtype.kind == "float" else self._written(entry)
         return Merged(
-            (name,),
-            TensorSpec(self.recipe.output_name(name), dtype, entry.spec.shape),
+            (home,),
+            TensorSpec(self.recipe.output_name(home), dtype, entry.spec.shape),
             COPY,
             (entry,),
             added=True,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from streammerge.planning.ruled import OverNames
@@ -12,6 +13,8 @@ from streammerge.sources.table import same_names
 
 if TYPE_CHECKING:
     from streammerge.tensors.matching import Renaming
+
+_LEAST_TENSORS = 4
 
 
 class MatchedViews:
@@ -67,6 +70,30 @@ def matched(base: View, other: View) -> tuple[Mapping[str, str], list[Renaming]]
 
     found = match(shapes(base.entries), shapes(other.entries))
     return found.names, found.doubtful
+
+
+def first_names(names: Mapping[str, str], others: Iterable[str]) -> dict[str, str]:
+    """Returns names of another view -> what the first would call them, by the prefixes of the names that match.
+
+    ``names``: a tensor in the first -> its name there. A prefix counts if four tensors have it.
+    """
+    counts = Counter(_prefixes(ours, theirs) for ours, theirs in names.items() if ours != theirs)
+    usual = [prefixes for prefixes, count in counts.most_common() if count >= _LEAST_TENSORS]
+    ways = sorted(usual, key=lambda prefixes: -len(prefixes[1]))  # the longest prefix says most about a name
+    made = dict[str, str]()
+    for name in others:
+        ours, theirs = next((way for way in ways if name.startswith(way[1])), ("", ""))
+        made[name] = ours + name[len(theirs) :]
+    return made
+
+
+def _prefixes(ours: str, theirs: str) -> tuple[str, str]:
+    """Returns what stands before the common end of two names. Each begin ends in a dot, or is empty."""
+    own, other = ours.split("."), theirs.split(".")
+    while own and other and own[-1] == other[-1]:
+        own.pop()
+        other.pop()
+    return "".join(f"{part}." for part in own), "".join(f"{part}." for part in other)
 
 
 def shapes(entries: Mapping[str, Source]) -> dict[str, tuple[int, ...]]:

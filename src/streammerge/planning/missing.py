@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from streammerge.errors import listed, printable
-from streammerge.planning.matched import MatchedViews, SameNames, shapes
+from streammerge.planning.matched import MatchedViews, SameNames, first_names, shapes
 from streammerge.planning.mismatch import Mismatch
 from streammerge.planning.ruled import Rules, drops
 from streammerge.planning.views import View
@@ -29,7 +29,8 @@ _PARTIAL = ("is not in every input", "are not in every input")
 class Missing:
     """Compares the names of a part's views.
 
-    ``added``: the tensors that only other views have and the policy adds, by spelling: their name there, and the view.
+    ``added``: the tensors that only other views have and the policy adds, by spelling: their name there, that in the
+    output, and the view.
     ``stale``: names of a running average that only the first view has. ``notes``: what is said about all this.
     """
 
@@ -38,7 +39,7 @@ class Missing:
     ) -> None:
         self.recipe, self.first, self.views, self.rules, self.mismatch = recipe, first, views, rules, mismatch
         self.base = views.base
-        self.added: dict[str, tuple[str, View]] = {}
+        self.added: dict[str, tuple[str, str, View]] = {}
         self.stale: set[str] = set()
         self.notes: list[str] = []
 
@@ -67,8 +68,9 @@ class Missing:
             extra = [n for n in extra if n in needed or not (self.optional(n) or foreign.takes(n, other.entries[n]))]
             self._note_mismatch(other, missing, extra)
             if self.recipe.on_missing == "union":
-                for name in extra:
-                    self.added.setdefault(spelled(name), (name, other))
+                for name, home in first_names(matched, extra).items():
+                    home = home if home not in self.base.entries else name
+                    self.added.setdefault(spelled(home), (name, home, other))
         self.notes += absent.notes(KEPT)
         self.notes += foreign.notes(_OUT)
         optional = [n for n in ruled if n in partial and self.optional(n)]

@@ -386,6 +386,10 @@ def aligned(recipe: Recipe, indexes: Indexes) -> tuple[Recipe, Alignment]:
         alignment.tokenized = tokens
         alignment.notes += tokens.notes
         alignment.warnings += tokens.warnings
+    elif config_folder(indexes[recipe.checkpoints[0]].path):
+        from streammerge.planning.tokenizers import tokens_without_rows
+
+        alignment.notes += tokens_without_rows(indexes[recipe.checkpoints[0]], alignment.merged)
     return recipe, alignment
 
 

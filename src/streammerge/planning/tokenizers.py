@@ -7,22 +7,26 @@ library is needed: a union is an edit of the ``added_tokens`` of a tokenizer.jso
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from streammerge.checkpoints.heads import is_embedding, is_head
+from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.checkpoints.tokens import (
     FLAGS,
     Added,
     Tokens,
     entry,
     fingerprint,
+    last_tokens,
     next_number,
     read_tokens,
     vocabulary_folder,
 )
 from streammerge.checkpoints.vocabularies import same_vocabulary, vocabulary_of
 from streammerge.errors import RecipeError, listed, printable
+from streammerge.planning.aligned import Merged, where
 from streammerge.planning.views import Indexes
 from streammerge.recipe.adapted import resolved
 from streammerge.recipe.model import Recipe, Reference
@@ -44,6 +48,29 @@ def differing_vocabularies(recipe: Recipe, indexes: Indexes) -> list[str]:
         '`tokenizer_source="base"` brings them into one order'
         for path in others
         if _number_otherwise(first, path)
+    ]
+
+
+def tokens_without_rows(first: CheckpointIndex, merged: Sequence[Merged]) -> list[str]:
+    """Returns a note if the first checkpoint's tokenizer has tokens for which the output's embeddings have no row."""
+    if first.in_memory or first.parts or not first.path.is_folder():
+        return []
+    found = where(merged, is_embedding)
+    tables = {m.spec.shape[0]: m.spec.name for m in found if len(m.spec.shape) == 2 and not is_head(m.spec.name)}
+    if not tables:
+        return []
+    try:
+        numbers = last_tokens(first.path)
+    except (OSError, ValueError):
+        return []
+    rows, name = max(tables.items())
+    beyond = sorted((token for token, number in numbers.items() if number >= rows), key=lambda token: numbers[token])
+    if not beyond:
+        return []
+    return [
+        f"the tokenizer of {printable(first.path)} numbers tokens up to {max(numbers.values())}, and {printable(name)} has "
+        f"{counted(rows, 'row')}: a text with {listed(beyond, 3)} stops a program that loads the output; "
+        '`tokenizer_source="base"` leaves such tokens out'
     ]
 
 

@@ -16,7 +16,7 @@ from streammerge.checkpoints.config import tree_of
 from streammerge.checkpoints.config_tokens import vocabulary_sizes
 from streammerge.checkpoints.heads import is_head, tie_head
 from streammerge.checkpoints.index import CheckpointIndex
-from streammerge.checkpoints.tokens import Tokens, read_tokens
+from streammerge.checkpoints.tokens import Tokens, read_tokens, vocabulary_folder
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.methods.registry import COPY, LINEAR
 from streammerge.planning.tokenizers import Known, Pool, Vocabulary, base_of, known_vocabularies, output_vocabulary
@@ -435,8 +435,9 @@ class _Gathering:
     def _report(self, vocabulary: Vocabulary, known: dict[Reference, Known], maps: dict[Reference, array[int]]) -> None:
         plain = array("i", range(vocabulary.size))
         if not vocabulary.edited and all(each == plain for each in maps.values()):
-            first = printable(next(iter(known.values())).path)
-            said = f"all models have one vocabulary, so the output has the tokenizer of {first} as it is"
+            given = vocabulary.giver.file.parent
+            giver = next((each.path for each in known.values() if vocabulary_folder(each.path) == given), given)
+            said = f"all models have one vocabulary, so the output has the tokenizer of {printable(giver)} as it is"
             self.notes.append(said)
             return
         moved = [str(known[each].path) for each, own in maps.items() if own != plain]

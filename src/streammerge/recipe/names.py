@@ -7,7 +7,8 @@ import re
 
 def is_recipe_name(path: str) -> bool:
     """Whether an input's name says that it is a recipe: a YAML or JSON file, but not an index of shards."""
-    return path.endswith((".yaml", ".yml")) or (path.endswith(".json") and not path.endswith(".index.json"))
+    name = path.lower()
+    return name.endswith((".yaml", ".yml")) or (name.endswith(".json") and not name.endswith(".index.json"))
 
 
 def held_name(number: int) -> str:

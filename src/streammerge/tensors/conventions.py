@@ -178,6 +178,9 @@ PIPELINES: dict[str, str] = {
 }
 """Files that name the subfolders with the parts of a model."""
 
+ROUTED: tuple[str, ...] = ("router_config.json", "config.json")
+"""Files by which a module of sentence-transformers names modules of its own: the keys of ``types`` are their subfolders."""
+
 EXPORT_FILES: tuple[str, ...] = (
     r".*\.(gguf|msgpack|h5|ot|tflite|mlmodel|distcp)",
     r"((pytorch_|diffusion_pytorch_|encoder_|decoder_)?model)([-_]\w+)*\.(onnx|onnx_data|onnx\.data)",

@@ -203,6 +203,17 @@ def test_names_of_modules_by_the_numbers_of_layers_are_told() -> None:
     assert "config.json names layers by their numbers, as in its names of modules; these stay" in notes
 
 
+@pytest.mark.parametrize("codes", [False, True])
+def test_a_statement_about_codes_is_told_if_there_are_none(codes: bool) -> None:
+    folder("in", LLAMA | {"num_hidden_layers": 3, "quantization_config": {"quant_method": "bitsandbytes"}})
+    if codes:
+        tensors = load_safetensors(Path("in/model.safetensors"))
+        save_file({**tensors, "model.layers.0.weight_scale": torch.ones(1)}, "in/model.safetensors")
+    notes = sm.merge(["in", "in"], out="out/").notes
+    assert any("no tensor is stored in codes" in note for note in notes) != codes
+    assert "quantization_config" in text("config.json")
+
+
 @pytest.mark.parametrize("shard", [None, "100"])
 @pytest.mark.parametrize(
     ("config", "left_out"),

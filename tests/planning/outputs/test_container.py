@@ -28,6 +28,7 @@ def single(tmp_path: Path) -> Path:
     [
         ("x.safetensors", "safetensors"),
         *((f"x{end}", "pickle") for end in (".pth", ".pt", ".ckpt", ".bin", ".th", ".tar")),
+        ("X.SAFETENSORS", "safetensors"), ("x.Pth", "pickle"), ("X.CKPT", "pickle"),
         ("x", "folder"), ("x/", "folder"), ("x.pth/", "folder"), ("there.pth", "folder"),
         ("Llama-3.1-8B-mean", "folder"), ("mean-v0.2", "folder"),
     ],

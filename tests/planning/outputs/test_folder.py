@@ -300,6 +300,23 @@ def test_modules_with_weights_are_merged_with_the_model(tmp_path: Path, own: boo
     assert sm.verify(tmp_path / "out", sample="100%").recomputed
 
 
+@pytest.mark.parametrize(("place", "file"), [("", "router_config.json"), ("", "config.json"), ("0_Asym", "config.json")])
+def test_the_modules_of_a_router_are_merged(tmp_path: Path, place: str, file: str) -> None:
+    """sentence-transformers: a router has the encoders of queries and of documents in subfolders that its file names."""
+    inner = [f"{place}/{name}".lstrip("/") for name in ("query_0_Transformer", "document_0_Transformer")]
+    types = dict.fromkeys(("query_0_Transformer", "document_0_Transformer", "document_1_Pooling"), "a.Class")
+    for seed, folder in enumerate("ab"):
+        for number, name in enumerate(inner):
+            save(tmp_path / folder / name / "model.safetensors", draw(seed + 10 * number))
+        (tmp_path / folder / "modules.json").write_text(json.dumps([{"idx": 0, "path": place}]))
+        (tmp_path / folder / place / file).write_text(json.dumps({"types": types, "structure": {"query": []}}))
+    sm.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out/")
+    assert names(tmp_path / "out") - {"README.md"} == names(tmp_path / "a") | ADDED
+    for number, name in enumerate(inner):
+        made = load(tmp_path / "out" / name / "model.safetensors")
+        assert_same(made, merged(draw(10 * number), draw(1 + 10 * number)))
+
+
 def test_a_damaged_file_in_a_subfolder_is_found(tmp_path: Path) -> None:
     for seed, folder in enumerate("ab"):
         pipeline(tmp_path / folder, seed)

@@ -119,6 +119,10 @@ class _Change:
                 found[name] = own.spec.shape[0], shape[0]
         return found
 
+    def has_codes(self) -> bool:
+        """Whether the first checkpoint has tensors that may be codes."""
+        return any(_is_code(name, spec) for name, spec in self.base.specs().items())
+
     def beside_resized(self) -> list[Tree]:
         """Returns the configurations beside the tensors that those with other rows are made of."""
         found = where(self.merged, lambda name: name in self.resized)
@@ -175,6 +179,8 @@ def _edits(config: Config, change: _Change) -> Edits:
     edits = Edits(config)
     if change.base.quantised:
         edits.dequantise()
+    else:
+        edits.compare_codes(change.has_codes)
     names = [dtype.torch_name for dtype in change.dtypes]
     if change.recast:
         edits.set_dtype(names[0], len(names) == 1)
@@ -219,6 +225,11 @@ def _dtypes(specs: Iterable[tuple[TensorSpec, int]]) -> list[DType]:
     for spec, numel in specs:
         counted[spec.dtype] = counted.get(spec.dtype, 0) + numel
     return sorted((dtype for dtype in counted if dtype.kind == "float"), key=lambda dtype: -counted[dtype])
+
+
+def _is_code(name: str, spec: TensorSpec) -> bool:
+    """Whether a tensor may be one of codes, or tell how these are read."""
+    return "scale" in name or (spec.numel > 1 and (spec.dtype.kind != "float" or spec.dtype.element_bytes == 1))
 
 
 def _has_own_head(merged: Sequence[Merged]) -> bool:

@@ -59,16 +59,18 @@ def ending_of(name: str) -> str:
 def container_of(out: Location, first: CheckpointIndex | None = None) -> str:
     """Returns "safetensors", "pickle" or "folder" for an output's name. Raises RecipeError for any other name.
 
+    Endings may be capitals, as some file systems and programs write them; the name stays as it is given.
     ``first``: the first input. A file whose name has another ending, or none (``g_05000000``), is of a program whose loader
     expects such names. An output with the same ending is a file of the same format.
     """
     if out.ends_in_slash or out.store.is_always_folder(out) or out.is_folder():
         return "folder"
-    if out.suffix == ".safetensors":
+    ending = out.suffix.lower()
+    if ending == ".safetensors":
         return "safetensors"
-    if out.suffix in (*PICKLED_ENDINGS, *PLAIN_ENDINGS):
+    if ending in (*PICKLED_ENDINGS, *PLAIN_ENDINGS):
         return "pickle"
-    if out.suffix == ".gguf":
+    if ending == ".gguf":
         raise RecipeError(
             f"{printable(out.name)}: GGUF is read and not written; end the name in / for a folder, and make a GGUF file of "
             "it with llama.cpp's convert_hf_to_gguf.py"
@@ -99,7 +101,7 @@ def like_first(first: CheckpointIndex) -> Location:
 def ending_like(first: Location) -> str:
     """Returns the ending of an output of the same kind as this file. GGUF is not written, so it becomes safetensors."""
     ending = first.suffix
-    return ending if ending == ending_of(first.name) and ending != ".gguf" else ".safetensors"
+    return ending if ending == ending_of(first.name) and ending.lower() != ".gguf" else ".safetensors"
 
 
 def plan_output(out: Location, recipe: Recipe, indexes: Indexes, alignment: Alignment, hashed: bool) -> PlannedOutput:

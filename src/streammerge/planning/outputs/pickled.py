@@ -101,7 +101,7 @@ def pickled_file(
     notes: list[str] = []
     dispositions = Dispositions()
     dispositions.update(alignment.dispositions)
-    if name.endswith(PLAIN_ENDINGS) and not plain:
+    if name.lower().endswith(PLAIN_ENDINGS) and not plain:
         notes.append(
             f"{printable(name)} has the container of the first input, which torch.load reads and pickle.load does not"
         )
@@ -138,7 +138,7 @@ def pickled_file(
 
 def _is_plain(name: str, base: CheckpointIndex) -> bool:
     """Whether an output is a plain pickle: by its name, or since the first input is one and has such a name."""
-    if name.endswith(PLAIN_ENDINGS):
+    if name.lower().endswith(PLAIN_ENDINGS):
         return not base.format.startswith("PyTorch")
     return base.format == plain_pickle.NAME and not base.in_memory and name.endswith(base.path.suffix or name)
 

@@ -36,10 +36,12 @@ def edit_tree(
     Raises RecipeError if the tree cannot hold what is merged.
     """
     edit, merged = builder.edit, alignment.merged
-    home = {name: m.spec.name for m in merged for name in m.base_names if not m.added}
+    stored = (base.plain or base).entries
+    new = [m for m in merged if m.added or stored.keys().isdisjoint(m.base_names)]  # also what an adapter adds to its base
+    home = {name: m.spec.name for m in merged for name in m.base_names if not m.added and name in stored}
     entries = decide(recipe, indexes, base)
     copies = align_copies(recipe, base, entries, alignment)
-    _add(base, indexes, [m for m in merged if m.added], edit, builder)
+    _add(base, indexes, new, edit, builder)
     renames = _edit_first(base, recipe, home, edit, builder)
     for own, found, chosen in entries.averaged:
         if chosen in home:
