@@ -593,7 +593,8 @@ def speechbrain(folder: Path, seed: int) -> Path:
     folder.mkdir()
     torch.save(trained(seed), folder / "model.ckpt")
     torch.save({"state": {}, "param_groups": []}, folder / "optimizer.ckpt")
-    torch.save({"count": seed, "glob_mean": torch.ones(3)}, folder / "normalizer.ckpt")
+    torch.save({"count": seed, "glob_mean": torch.full((3,), float(seed))}, folder / "normalizer.ckpt")
+    torch.save({"encoder.w": torch.full((2, 2), float(seed))}, folder / "wav2vec2.ckpt")
     (folder / "counter.ckpt").write_text(str(seed))
     (folder / "CKPT.yaml").write_text("WER: 1.0\n")
     return folder
@@ -607,8 +608,25 @@ def test_a_folder_of_speechbrain_keeps_its_files(tmp_path: Path) -> None:
     wanted = {n: mean([one[n], two[n]], [1, 1]) if one[n].is_floating_point() else one[n] for n in one}
     assert {n: octets(t) for n, t in made.items()} == {n: octets(t) for n, t in wanted.items()}
     files = {path.name for path in (tmp_path / "out").iterdir()} - {"streammerge.json", "streammerge.yaml"}
-    assert files == {"model.ckpt", "normalizer.ckpt", "counter.ckpt", "CKPT.yaml"}
-    assert "copied from the first input, not merged: counter.ckpt, normalizer.ckpt" in result.notes
+    assert files == {"model.ckpt", "wav2vec2.ckpt", "normalizer.ckpt", "counter.ckpt", "CKPT.yaml"}
+    assert "copied from the first input, not merged: counter.ckpt" in result.notes
+
+
+def test_every_part_of_a_training_of_speechbrain_is_merged(tmp_path: Path) -> None:
+    """``model.ckpt`` may be the smallest of them: a head beside the encoder that was tuned."""
+    paths = [speechbrain(tmp_path / "CKPT+1", 1), speechbrain(tmp_path / "CKPT+2", 4)]
+    sm.merge(paths, tmp_path / "out", integers="first", weights=[2, 1])
+    assert torch.equal(torch.load(tmp_path / "out" / "wav2vec2.ckpt")["encoder.w"], torch.full((2, 2), 2.0))
+    normalizer = torch.load(tmp_path / "out" / "normalizer.ckpt")
+    assert normalizer["glob_mean"].tolist() == [2.0, 2.0, 2.0]
+    assert normalizer["count"] == 4  # a counter of a model in a folder is the largest, as in a file
+
+
+def test_model_ckpt_is_taken_beside_another_form_of_it(tmp_path: Path) -> None:
+    torch.save(trained(1), tmp_path / "model.ckpt")
+    torch.save(trained(2), tmp_path / "last.ckpt")
+    index = sm.inspect(tmp_path)
+    assert any("model.ckpt was taken; the folder also holds last.ckpt" in note for note in index.notes)
 
 
 def _program(folder: Path, seed: int) -> dict[str, dict[str, torch.Tensor]]:

@@ -35,6 +35,7 @@ from streammerge.strict_json import load_json
 from streammerge.tensors.conventions import (
     INDEX_FIRST,
     PIPELINES,
+    SEVERAL,
     WEIGHTS_KEY,
 )
 
@@ -83,7 +84,7 @@ def _side_by_side(folder: Location, read_file: ReadFile) -> dict[str, Container]
     if any(form.index and not is_training_file(form.index) for form in _forms(folder)):
         return {}  # before the index is read, which may have a line for each of many tensors
     found = [each for each in _found(folder) if not is_training_file(each.name)]
-    if len(found) < 2 or any(each.rank is not None or each.form.index or len(each.form.files) > 1 for each in found):
+    if len(found) < 2 or any(_is_whole(each) or each.form.index or len(each.form.files) > 1 for each in found):
         return {}
     if len({re.sub(r"\d+", "#", each.name) for each in found}) < len(found):
         return {}
@@ -103,6 +104,11 @@ def _side_by_side(folder: Location, read_file: ReadFile) -> dict[str, Container]
     inner = [path for path in folder.children() if path.is_folder() and kind_of_folder(path, path.name) == "side"]
     loaded = [path for path in inner if (path / _CONFIG).is_file() and any(map(is_looked_for, _forms(path)))]
     return models | {path.name: _read_own(path, read_file) for path in loaded}
+
+
+def _is_whole(found: _Found) -> bool:
+    """Whether a loader looks for this name, and finds the whole model there."""
+    return found.rank is not None and (found.form.stem, found.form.ending) not in SEVERAL
 
 
 def _is_same_model(one: dict[str, tuple[int, ...]], two: dict[str, tuple[int, ...]]) -> bool:

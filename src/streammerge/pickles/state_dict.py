@@ -310,7 +310,7 @@ def unread_tensors(tree: Any, chosen: Sequence[Candidate] | None = None) -> list
     found = []
     skip: set[tuple[int, Any]] = set()
     for path, node in walk(tree, skip):
-        kind = _unread_kind(node)
+        kind = unread_kind(node)
         if kind:
             among = chosen is None or kind in _OF_WEIGHTS or any(c.path == path[: len(c.path)] for c in chosen)
             found += [(".".join(map(printable, path)), kind)] if among else []
@@ -322,7 +322,7 @@ def unread_tensors(tree: Any, chosen: Sequence[Candidate] | None = None) -> list
     return found
 
 
-def _unread_kind(node: Any) -> str:
+def unread_kind(node: Any) -> str:
     """Returns what a tensor in a form that is not read is called; "" for all else. A layer of torch's quantised modules
     packs its weight and bias into one tuple."""
     if isinstance(node, tuple):

@@ -17,7 +17,7 @@ from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.methods.registry import COPY
 from streammerge.pickles.candidates import Candidate, Found, dotted, inside
-from streammerge.pickles.copies import Originals, node_at, numbers_outside, outside, tensor_at, trail
+from streammerge.pickles.copies import Originals, node_at, numbers_outside, outside, tensor_at, trail, unread_outside
 from streammerge.pickles.state_dict import Selection
 from streammerge.pickles.training_state import bars, is_measurement, is_record, is_training_state
 from streammerge.pickles.tree import MISSING, FieldName, TensorRef, mapping_items, number, walk
@@ -300,6 +300,8 @@ class _Deciding:
     # -- single tensors ---------------------------------------------------------------------------------------------
 
     def _decide_single(self) -> None:
+        for path, kind in unread_outside(self.first.extras, self.taken):
+            self.entries.told.setdefault(unread(kind), []).append(".".join(map(str, path)))
         single = list(outside(self.first.extras, self.taken))
         if not single:
             return
@@ -400,6 +402,11 @@ def _why_kept(path: tuple[Any, ...], ref: TensorRef, theirs: list[TensorRef | No
     return "" if _is_count(path) or ref.dtype.kind in ("float", "complex") else "no floating-point numbers"
 
 
+def unread(kind: str) -> str:
+    """Returns why a tensor in a form that is not read stays the first input's."""
+    return f"{kind}, so not merged"
+
+
 def _is_count(path: tuple[Any, ...]) -> bool:
     return isinstance(path[-1], str) and is_counter(path[-1])
 
@@ -488,6 +495,9 @@ def left_behind(first: CheckpointIndex) -> Iterator[tuple[str, str]]:
     for path, _ in outside(tree, taken):
         tops.add(path[0])
         yield ".".join(map(printable, path)), BESIDE
+    for path, kind in unread_outside(tree, taken):
+        tops.add(path[0])
+        yield ".".join(map(printable, path)), f"{kind}, which a safetensors file does not hold"
     for key, value in mapping_items(tree) or ():
         if key not in tops and not isinstance(value, TensorRef):
             yield printable(key), BESIDE

@@ -190,7 +190,7 @@ def _own_alignment(
         )
         for m in whole
     ]
-    shares = [] if name else alignment.shares
+    shares = [(index.parts[name], weight) for index, weight in alignment.shares if name in index.parts]
     return replace(alignment, merged=own, shares=shares, dispositions=Dispositions()), whole
 
 
