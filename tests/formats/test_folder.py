@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_same, load_safetensors, mean, octets, trained
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import streammerge as sm
 from formats.suite import FormatSuite, Tensors
@@ -682,3 +682,47 @@ def test_steps_of_one_network_beside_another_are_not_side_by_side(tmp_path: Path
         torch.save({f"{tensors}.w": torch.ones(2)}, tmp_path / name)
     with pytest.raises(sm.FormatError, match=r"holds several checkpoints \(D_100\.pth, G_100\.pth, G_200\.pth\)"):
         sm.inspect(tmp_path)
+
+
+def test_several_control_networks_of_a_pipeline_are_merged(tmp_path: Path) -> None:
+    """diffusers declares one subfolder, and saves further networks of it under numbers."""
+    for number, name in ((1, "a"), (3, "b")):
+        for part in ("unet", "controlnet", "controlnet_1", "controlnet_2", "controlnet_4"):
+            place = tmp_path / name / part
+            place.mkdir(parents=True)
+            save_file({"w": torch.full((2,), float(number))}, place / "diffusion_pytorch_model.safetensors")
+        index = {"unet": ["diffusers", "UNet"], "controlnet": ["diffusers", "MultiControlNetModel"]}
+        (tmp_path / name / "model_index.json").write_text(json.dumps(index))
+    result = sm.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    for part in ("unet", "controlnet", "controlnet_1", "controlnet_2"):
+        made = load_file(tmp_path / "out" / part / "diffusion_pytorch_model.safetensors")
+        assert made["w"].tolist() == [2.0, 2.0]
+    (told,) = [note for note in result.notes if note.startswith("copied from the first input, not merged")]
+    assert told.endswith("controlnet_4/diffusion_pytorch_model.safetensors")  # the loader stops at the first gap
+
+
+def in_accelerate(folder: Path, seed: int, stem: str = "model", ending: str = ".safetensors") -> dict[str, torch.Tensor]:
+    """Makes what accelerate saves of a training of two networks with equal names. Returns each file's tensor."""
+    folder.mkdir(exist_ok=True)
+    made = {f"{stem}{part}{ending}": torch.full((2,), float(seed + place)) for place, part in enumerate(("", "_1"))}
+    for name, tensor in made.items():
+        save_file({"w": tensor}, folder / name) if ending == ".safetensors" else torch.save({"w": tensor}, folder / name)
+    torch.save({"state": {}, "param_groups": []}, folder / "optimizer.bin")
+    return made
+
+
+@pytest.mark.parametrize(("stem", "ending"), [("model", ".safetensors"), ("pytorch_model", ".bin")])
+def test_the_networks_that_accelerate_numbers_are_merged(tmp_path: Path, stem: str, ending: str) -> None:
+    first = in_accelerate(tmp_path / "a", 1, stem, ending)
+    second = in_accelerate(tmp_path / "b", 5, stem, ending)
+    sm.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    read = load_file if ending == ".safetensors" else torch.load
+    for name in first:
+        assert octets(read(tmp_path / "out" / name)["w"]) == octets(mean([first[name], second[name]], [1, 1]))
+    assert len(sm.inspect(tmp_path / "out")) == 2, "the output is such a folder too"
+
+
+def test_a_numbered_file_elsewhere_is_another_checkpoint(tmp_path: Path) -> None:
+    in_accelerate(tmp_path, 1)
+    (tmp_path / "optimizer.bin").unlink()
+    assert list(sm.inspect(tmp_path)) == ["w"]
