@@ -726,3 +726,18 @@ def test_a_numbered_file_elsewhere_is_another_checkpoint(tmp_path: Path) -> None
     in_accelerate(tmp_path, 1)
     (tmp_path / "optimizer.bin").unlink()
     assert list(sm.inspect(tmp_path)) == ["w"]
+
+
+def test_what_becomes_of_a_part_is_told_by_its_file(tmp_path: Path) -> None:
+    """A generator and a discriminator in one folder, each with its own optimizer and count."""
+    for folder, count in (("a", 3), ("b", 8)):
+        (tmp_path / folder).mkdir()
+        for name in ("G_latest.pth", "D_latest.pth"):
+            content = {"model": {f"{name[0]}.w": torch.ones(2) * count}, "iteration": count, "optimizer": {"state": {}}}
+            torch.save(content, tmp_path / folder / name)
+    result = sm.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    (left,) = [note for note in result.notes if note.startswith("left out of the output")]
+    assert "D_latest.pth/optimizer, G_latest.pth/optimizer (stale after a merge" in left
+    assert "bookkeeping: iteration = 8" in result.notes
+    for name in ("G_latest.pth", "D_latest.pth"):
+        assert torch.load(tmp_path / "out" / name)["iteration"] == 8

@@ -26,6 +26,7 @@ from streammerge.pickles.candidates import MOST_NAME, AllFound, Candidate, Found
 from streammerge.pickles.training_state import bars, is_training_state
 from streammerge.pickles.tree import FlatTree, Global, Instance, TensorRef, is_quantised, mapping_items, walk
 from streammerge.tensors.conventions import AVERAGED, SWAPPED
+from streammerge.units import counted, inflected
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -215,7 +216,7 @@ def _use_averages(selection: Selection) -> bool:
     kept = [f for f in plain.values() if f.name.partition(".")[0] not in left_out]
     selection.tensors = [Found(f.name, stand_in.get(f.name, f).ref, f.holder, f.key, f.ref) for f in kept]
     tops = listed([f"{top}.*" for top in sorted(left_out)])
-    selection.notes.append(f"{len(stand_in)} EMA weights ({tops}) replace the plain ones")
+    selection.notes.append(_replaced(len(stand_in), tops))
     return True
 
 
@@ -236,9 +237,13 @@ def _use_list(selection: Selection) -> bool:
                 Found(f.name, stand_in[f.name].ref, f.holder, f.key, f.ref) if f.name in stand_in else f
                 for f in selection.tensors
             ]
-            selection.notes.append(f"{len(stand_in)} EMA weights ({copy.label}) replace the plain ones")
+            selection.notes.append(_replaced(len(stand_in), copy.label))
             return True
     return False
+
+
+def _replaced(count: int, where: str) -> str:
+    return f"{counted(count, 'EMA weight')} ({where}) {inflected(count, 'replaces', 'replace')} plain ones"
 
 
 def weights_of(candidate: Candidate) -> list[Found]:

@@ -333,3 +333,17 @@ def test_a_sparse_tensor_that_safetensors_does_not_hold_is_named_once(tmp_path: 
     plan = sm.plan([tmp_path / "0.pt", tmp_path / "0.pt"], out=tmp_path / "x.safetensors")
     left = [(each.names, each.why) for each in plan.dispositions if each.fate == "dropped"]
     assert left == [(("graph",), "sparse, which a safetensors file does not hold")]
+
+
+def test_an_optimizer_in_another_branch_is_left_out(tmp_path: Path) -> None:
+    def content(value: float) -> dict[str, Any]:
+        state = {"optimizer": OPTIMIZER, "warm": {"sched": {"last_epoch": 1, "_step_count": 2}}, "seed": 1}
+        loops = {"fit": {"optimizer": {"param_groups": 1}}}  # a record, without which Lightning does not go on
+        return {"model": weights(value), "trainer": state, "loops": loops}
+
+    made, result = merged(tmp_path, content(1), content(3))
+    assert made["trainer"] == {"warm": {}, "seed": 1}
+    assert made["loops"] == content(1)["loops"]
+    assert any("left out of the output: trainer.optimizer, trainer.warm.sched (stale" in note for note in result.notes)
+    made, _ = merged(tmp_path, content(1), content(3), keep_optimizer=True)
+    assert set(made["trainer"]) == {"optimizer", "warm", "seed"}

@@ -19,7 +19,7 @@ from streammerge.methods.registry import COPY
 from streammerge.pickles.candidates import Candidate, Found, dotted, inside
 from streammerge.pickles.copies import Originals, node_at, numbers_outside, outside, tensor_at, trail, unread_outside
 from streammerge.pickles.state_dict import Selection
-from streammerge.pickles.training_state import bars, is_measurement, is_record, is_training_state
+from streammerge.pickles.training_state import bars, is_measurement, is_record, is_training_state, states_elsewhere
 from streammerge.pickles.tree import MISSING, FieldName, TensorRef, mapping_items, number, walk
 from streammerge.planning.dispositions.ledger import Fate
 from streammerge.recipe.model import Recipe, Reference
@@ -279,7 +279,8 @@ class _Deciding:
     # -- the state of the training ----------------------------------------------------------------------------------
 
     def _training_state(self) -> Iterator[Drop]:
-        """Yields optimizer, scheduler and scaler in a merged state dict, and at every level above it."""
+        """Yields optimizer, scheduler and scaler in a merged state dict, and at every level above it. Those that stand
+        elsewhere are known by their content only."""
         tree, seen = self.first.extras, set[tuple[int, Any]]()
         copies = [copy.candidate for copy in self.entries.copies if copy.candidate]
         for candidate in [*self.first.selection.chosen, *copies]:
@@ -296,6 +297,10 @@ class _Deciding:
                         seen.add((id(holder), key))
                         self.taken.add(id(value))
                         yield Drop(_shown((key,)), holder, key, EMPTIED if members else OPTIMIZER)
+        for path, holder, key, value in states_elsewhere(tree):
+            if (id(holder), key) not in seen and id(value) not in self.taken:
+                self.taken.add(id(value))
+                yield Drop(_shown(path), holder, key, OPTIMIZER)
 
     # -- single tensors ---------------------------------------------------------------------------------------------
 

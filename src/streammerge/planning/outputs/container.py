@@ -19,7 +19,7 @@ from streammerge.formats.records import RECEIPT_KEY
 from streammerge.methods.registry import COPY
 from streammerge.planning.aligned import Merged, MergedTensors
 from streammerge.planning.alignment import Alignment
-from streammerge.planning.dispositions.ledger import Dispositions
+from streammerge.planning.dispositions.ledger import ONE_FILE, Dispositions
 from streammerge.planning.outputs.layout import (
     PLAIN_ENDINGS,
     Accounting,
@@ -28,6 +28,7 @@ from streammerge.planning.outputs.layout import (
     PlacedTensors,
     PlannedOutput,
     blank_sums,
+    hashes_of,
     metadata_of,
     stays_enclosed,
 )
@@ -190,6 +191,7 @@ def _planned(
     if kind == "folder":
         return _folder(recipe, first, indexes, alignment, accounting, dispositions)
     metadata = metadata_of(recipe, first)
+    dispositions.add("entry", hashes_of(first), "dropped", ONE_FILE)
     if isinstance(merged, MergedTensors):
         names, kinds = merged.columns()
     else:
