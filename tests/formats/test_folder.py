@@ -741,3 +741,9 @@ def test_what_becomes_of_a_part_is_told_by_its_file(tmp_path: Path) -> None:
     assert "bookkeeping: iteration = 8" in result.notes
     for name in ("G_latest.pth", "D_latest.pth"):
         assert torch.load(tmp_path / "out" / name)["iteration"] == 8
+
+
+def test_one_of_several_files_is_offered_as_a_file(tmp_path: Path) -> None:
+    in_accelerate(tmp_path / "a", 1)
+    with pytest.raises(sm.RecipeError, match=r"several models \(model.safetensors, .*give one of the files"):
+        sm.convert(tmp_path / "a", tmp_path / "out.safetensors")

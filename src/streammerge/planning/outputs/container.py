@@ -164,9 +164,12 @@ def _planned(
     merged = alignment.merged
     if kind != "folder" and any(first.parts):
         models = listed([each or "." for each in first.parts])
+        from streammerge.planning.dispositions.files import is_file_of_folder  # here, because most outputs are possible
+
+        which = "files" if all(map(is_file_of_folder, first.parts.values())) else "subfolders"
         raise RecipeError(
             f"{printable(first.path)} holds several models ({models}), which no program loads from one file; "
-            "end the output's name in /, or give one of the subfolders"
+            f"end the output's name in /, or give one of the {which}"
         )
     if kind != "folder":
         _place_beside(name, first, alignment.dispositions)
