@@ -168,6 +168,8 @@ def test_what_a_safetensors_file_does_not_hold_is_named(tmp_path: Path, content:
     torch.save(content, tmp_path / "0.pt")
     dropped = [each for each in decisions(tmp_path, 1, "out.safetensors") if each.fate == "dropped"]
     assert {name for each in dropped for name in each.names} == names
+    tensors = {name for each in dropped for name in each.names if each.why.startswith("outside the state dict")}
+    assert tensors == names & {"latent_avg", "x.log_alpha"}
 
 
 class Norm(NamedTuple):

@@ -35,6 +35,7 @@ EMPTIED = "stale after a merge, so None is in its place; `keep_optimizer=True` k
 NUMBERS = "plain numbers that differ"
 RECORDS = "settings and records of the first input's training, which differ"
 BESIDE = "a safetensors file holds tensors only"
+OUTSIDE = "outside the state dict that is written; `state_dict` chooses it"
 ONE_COPY = "the output holds one copy of the weights; `state_dict` and `ema` choose it"
 
 
@@ -496,10 +497,10 @@ def left_behind(first: CheckpointIndex) -> Iterator[tuple[str, str]]:
         if all(id(found.ref) in read for found in candidate.tensors):
             continue  # its averages stand in the place of the plain weights
         weights = candidate.averaged or originals.of(candidate)
-        yield candidate.label, ONE_COPY if weights else BESIDE
+        yield candidate.label, ONE_COPY if weights else OUTSIDE
     for path, _ in outside(tree, taken):
         tops.add(path[0])
-        yield ".".join(map(printable, path)), BESIDE
+        yield ".".join(map(printable, path)), OUTSIDE
     for path, kind in unread_outside(tree, taken):
         tops.add(path[0])
         yield ".".join(map(printable, path)), f"{kind}, which a safetensors file does not hold"
