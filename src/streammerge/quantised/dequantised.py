@@ -19,7 +19,7 @@ from streammerge.quantised.scaled_numbers import scaled_numbers
 from streammerge.quantised.stored import Scheme, stored_tensors
 from streammerge.sources.base import Source
 from streammerge.sources.ggml import Ggml
-from streammerge.units import counted, inflected
+from streammerge.units import counted
 
 _SCHEMES: tuple[tuple[str, Scheme], ...] = (
     ("ComfyUI", comfyui),
