@@ -22,6 +22,8 @@ from streammerge.cli.flags import as_flags
         ("`parameters={'t': ...}`", "-p t=VALUE"),
         ("`parameters={'t': 0.3, 'density': [0.5, 0.7]}`", "-p t=0.3 -p density=0.5,0.7"),
         ("`last=3`, but", "--last 3, but"),
+        ('`rename="<dog>=<cat>"` says so', "--rename '<dog>=<cat>' says so"),
+        ('`rename="b.*=a.*"`', "--rename 'b.*=a.*'"),
         ("give `weights` and `out`", "give --weights and -o"),
         ("`streammerge methods` lists them; run `git lfs pull`", "`streammerge methods` lists them; run `git lfs pull`"),
         ("``code`` and `unknown`", "``code`` and `unknown`"),

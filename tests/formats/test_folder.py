@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_same, load_safetensors, mean, octets, trained
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import streammerge as sm
 from formats.suite import FormatSuite, Tensors
@@ -593,7 +593,8 @@ def speechbrain(folder: Path, seed: int) -> Path:
     folder.mkdir()
     torch.save(trained(seed), folder / "model.ckpt")
     torch.save({"state": {}, "param_groups": []}, folder / "optimizer.ckpt")
-    torch.save({"count": seed, "glob_mean": torch.ones(3)}, folder / "normalizer.ckpt")
+    torch.save({"count": seed, "glob_mean": torch.full((3,), float(seed))}, folder / "normalizer.ckpt")
+    torch.save({"encoder.w": torch.full((2, 2), float(seed))}, folder / "wav2vec2.ckpt")
     (folder / "counter.ckpt").write_text(str(seed))
     (folder / "CKPT.yaml").write_text("WER: 1.0\n")
     return folder
@@ -607,8 +608,25 @@ def test_a_folder_of_speechbrain_keeps_its_files(tmp_path: Path) -> None:
     wanted = {n: mean([one[n], two[n]], [1, 1]) if one[n].is_floating_point() else one[n] for n in one}
     assert {n: octets(t) for n, t in made.items()} == {n: octets(t) for n, t in wanted.items()}
     files = {path.name for path in (tmp_path / "out").iterdir()} - {"streammerge.json", "streammerge.yaml"}
-    assert files == {"model.ckpt", "normalizer.ckpt", "counter.ckpt", "CKPT.yaml"}
-    assert "copied from the first input, not merged: counter.ckpt, normalizer.ckpt" in result.notes
+    assert files == {"model.ckpt", "wav2vec2.ckpt", "normalizer.ckpt", "counter.ckpt", "CKPT.yaml"}
+    assert "copied from the first input, not merged: counter.ckpt" in result.notes
+
+
+def test_every_part_of_a_training_of_speechbrain_is_merged(tmp_path: Path) -> None:
+    """``model.ckpt`` may be the smallest of them: a head beside the encoder that was tuned."""
+    paths = [speechbrain(tmp_path / "CKPT+1", 1), speechbrain(tmp_path / "CKPT+2", 4)]
+    sm.merge(paths, tmp_path / "out", integers="first", weights=[2, 1])
+    assert torch.equal(torch.load(tmp_path / "out" / "wav2vec2.ckpt")["encoder.w"], torch.full((2, 2), 2.0))
+    normalizer = torch.load(tmp_path / "out" / "normalizer.ckpt")
+    assert normalizer["glob_mean"].tolist() == [2.0, 2.0, 2.0]
+    assert normalizer["count"] == 4  # a counter of a model in a folder is the largest, as in a file
+
+
+def test_model_ckpt_is_taken_beside_another_form_of_it(tmp_path: Path) -> None:
+    torch.save(trained(1), tmp_path / "model.ckpt")
+    torch.save(trained(2), tmp_path / "last.ckpt")
+    index = sm.inspect(tmp_path)
+    assert any("model.ckpt was taken; the folder also holds last.ckpt" in note for note in index.notes)
 
 
 def _program(folder: Path, seed: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -664,3 +682,68 @@ def test_steps_of_one_network_beside_another_are_not_side_by_side(tmp_path: Path
         torch.save({f"{tensors}.w": torch.ones(2)}, tmp_path / name)
     with pytest.raises(sm.FormatError, match=r"holds several checkpoints \(D_100\.pth, G_100\.pth, G_200\.pth\)"):
         sm.inspect(tmp_path)
+
+
+def test_several_control_networks_of_a_pipeline_are_merged(tmp_path: Path) -> None:
+    """diffusers declares one subfolder, and saves further networks of it under numbers."""
+    for number, name in ((1, "a"), (3, "b")):
+        for part in ("unet", "controlnet", "controlnet_1", "controlnet_2", "controlnet_4"):
+            place = tmp_path / name / part
+            place.mkdir(parents=True)
+            save_file({"w": torch.full((2,), float(number))}, place / "diffusion_pytorch_model.safetensors")
+        index = {"unet": ["diffusers", "UNet"], "controlnet": ["diffusers", "MultiControlNetModel"]}
+        (tmp_path / name / "model_index.json").write_text(json.dumps(index))
+    result = sm.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    for part in ("unet", "controlnet", "controlnet_1", "controlnet_2"):
+        made = load_file(tmp_path / "out" / part / "diffusion_pytorch_model.safetensors")
+        assert made["w"].tolist() == [2.0, 2.0]
+    (told,) = [note for note in result.notes if note.startswith("copied from the first input, not merged")]
+    assert told.endswith("controlnet_4/diffusion_pytorch_model.safetensors")  # the loader stops at the first gap
+
+
+def in_accelerate(folder: Path, seed: int, stem: str = "model", ending: str = ".safetensors") -> dict[str, torch.Tensor]:
+    """Makes what accelerate saves of a training of two networks with equal names. Returns each file's tensor."""
+    folder.mkdir(exist_ok=True)
+    made = {f"{stem}{part}{ending}": torch.full((2,), float(seed + place)) for place, part in enumerate(("", "_1"))}
+    for name, tensor in made.items():
+        save_file({"w": tensor}, folder / name) if ending == ".safetensors" else torch.save({"w": tensor}, folder / name)
+    torch.save({"state": {}, "param_groups": []}, folder / "optimizer.bin")
+    return made
+
+
+@pytest.mark.parametrize(("stem", "ending"), [("model", ".safetensors"), ("pytorch_model", ".bin")])
+def test_the_networks_that_accelerate_numbers_are_merged(tmp_path: Path, stem: str, ending: str) -> None:
+    first = in_accelerate(tmp_path / "a", 1, stem, ending)
+    second = in_accelerate(tmp_path / "b", 5, stem, ending)
+    sm.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    read = load_file if ending == ".safetensors" else torch.load
+    for name in first:
+        assert octets(read(tmp_path / "out" / name)["w"]) == octets(mean([first[name], second[name]], [1, 1]))
+    assert len(sm.inspect(tmp_path / "out")) == 2, "the output is such a folder too"
+
+
+def test_a_numbered_file_elsewhere_is_another_checkpoint(tmp_path: Path) -> None:
+    in_accelerate(tmp_path, 1)
+    (tmp_path / "optimizer.bin").unlink()
+    assert list(sm.inspect(tmp_path)) == ["w"]
+
+
+def test_what_becomes_of_a_part_is_told_by_its_file(tmp_path: Path) -> None:
+    """A generator and a discriminator in one folder, each with its own optimizer and count."""
+    for folder, count in (("a", 3), ("b", 8)):
+        (tmp_path / folder).mkdir()
+        for name in ("G_latest.pth", "D_latest.pth"):
+            content = {"model": {f"{name[0]}.w": torch.ones(2) * count}, "iteration": count, "optimizer": {"state": {}}}
+            torch.save(content, tmp_path / folder / name)
+    result = sm.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    (left,) = [note for note in result.notes if note.startswith("left out of the output")]
+    assert "D_latest.pth/optimizer, G_latest.pth/optimizer (stale after a merge" in left
+    assert "bookkeeping: iteration = 8" in result.notes
+    for name in ("G_latest.pth", "D_latest.pth"):
+        assert torch.load(tmp_path / "out" / name)["iteration"] == 8
+
+
+def test_one_of_several_files_is_offered_as_a_file(tmp_path: Path) -> None:
+    in_accelerate(tmp_path / "a", 1)
+    with pytest.raises(sm.RecipeError, match=r"several models \(model.safetensors, .*give one of the files"):
+        sm.convert(tmp_path / "a", tmp_path / "out.safetensors")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Cli, load_safetensors, trained, voice
@@ -261,3 +262,23 @@ def test_scales_are_read_with_their_weights(tmp_path: Path, monkeypatch: pytest.
     assert all(found[name][::2] == ("read", name.removesuffix("_scale_inv")) for name in scales)
     plan = sm.plan(["a", "b"], "out/", quantise="like-base", strict=True)
     assert fates(plan.accounts[0].record(), stored)[scales[0]][0] in ("read", "merged")
+
+
+def test_what_stands_beside_the_weights_is_not_called_a_state_dict(tmp_path: Path) -> None:
+    for number in (1, 2):
+        beside = {"codes": torch.tensor([number, 2]), "state": ("MT19937", np.array([number], dtype="uint32"))}
+        torch.save({"model": {"w": torch.full((4,), float(number))}, **beside}, tmp_path / f"{number}.pth")
+    result = sm.merge([tmp_path / "1.pth", tmp_path / "2.pth"], tmp_path / "out.pth")
+    (said,) = [warning for warning in result.warnings if warning.startswith("not used")]
+    assert "1.pth" not in said  # its array stays in the pickle
+    assert said.endswith("2.pth: codes, state.1 (beside the weights; the output has what the first input has there)")
+
+
+def test_a_mark_of_quantised_weights_is_a_helper(tmp_path: Path) -> None:
+    codes = torch.ones(4, 4).to(torch.float8_e4m3fn)
+    for number in (1, 2):
+        tensors = {"q.weight": codes, "q.scale_weight": torch.tensor(float(number)), "n": torch.ones(2)}
+        save_file({**tensors, "scaled_fp8": torch.zeros(2).to(codes.dtype)}, tmp_path / f"{number}.safetensors")
+    plan = sm.plan([tmp_path / "1.safetensors", tmp_path / "2.safetensors"], out=tmp_path / "out.safetensors")
+    assert not any("not used" in warning for warning in plan.warnings)
+    assert plan.accounts[0].count("read") == 2

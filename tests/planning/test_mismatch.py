@@ -34,7 +34,8 @@ def test_everything_that_differs_stands_in_one_table(tmp_path: Path, monkeypatch
         "gpt.text_embedding.weight  [30, 8]  [40, 8] in b.safetensors  vocabulary 30 against 40",
         "this looks like vocabulary 30 against 40",
         '`on_missing="base"`',
-        '`on_shape="base"` (keep the first\'s) or `"rows"`',
+        '`on_shape="base"` (keep the first\'s), `"rows"`',
+        ' or `"leading"`',
     ):
         assert part in said, said
 
@@ -192,3 +193,48 @@ def test_names_that_differ_in_numbers_are_one(tmp_path: Path, monkeypatch: pytes
     said = str(caught.value).splitlines()
     assert "  b.safetensors lacks 96: layers.{0-11}.experts.{0-7}.w" in said
     assert "  b.safetensors has 96 that a.safetensors lacks (they stay out): layers.{0-11}.expert_mlps.{0-7}.w" in said
+
+
+@pytest.mark.parametrize("normed", ["a", "b"])
+@pytest.mark.parametrize("spelling", ["{}_g {}_v", "parametrizations.{}.original0 parametrizations.{}.original1"])
+def test_weight_norm_in_one_of_two(spelling: str, normed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vocoder is often exported without it. No policy for names makes a merge of the two."""
+    monkeypatch.chdir(tmp_path)
+    length, direction = (f"up.{part}" for part in spelling.format("weight", "weight").split())
+    parts = {length: torch.ones(3, 1, 1), direction: torch.ones(3, 4, 5), "up.bias": torch.ones(3)}
+    whole = {"up.weight": torch.ones(3, 4, 5), "up.bias": torch.ones(3)}
+    save_file(parts if normed == "a" else whole, "a.safetensors")
+    save_file(parts if normed == "b" else whole, "b.safetensors")
+    with pytest.raises(sm.MismatchError) as caught:
+        sm.plan(["a.safetensors", "b.safetensors"])
+    bare = "b" if normed == "a" else "a"
+    assert (
+        f"this looks like weight_norm removed: {bare}.safetensors has up.weight in one piece, and {normed}.safetensors as "
+        f"length and direction (_g, _v); load {normed}.safetensors in its program"
+    ) in str(caught.value)
+    assert "on_missing" not in str(caught.value)
+
+
+def test_the_only_tensor_of_each_may_have_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learned words (textual inversion) are called by their word."""
+    monkeypatch.chdir(tmp_path)
+    torch.save({"<cat>": torch.full((8,), 1.0)}, "cat.bin")
+    torch.save({"<dog>": torch.full((8,), 3.0)}, "dog.bin")
+    with pytest.raises(sm.MismatchError) as caught:
+        sm.plan(["cat.bin", "dog.bin"])
+    assert 'if the two are the same, `rename="<dog>=<cat>"` says so' in str(caught.value)
+    assert "nothing can be merged" not in str(caught.value)
+    sm.merge(["cat.bin", "dog.bin"], "both.bin", rename="<dog>=<cat>")
+    assert torch.equal(torch.load("both.bin")["<cat>"], torch.full((8,), 2.0))
+
+
+def test_speakers_of_the_first_are_kept_by_leading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configuration of the first says how many speakers its loader makes room for."""
+    monkeypatch.chdir(tmp_path)
+    torch.save({"weight": {"emb_g.weight": torch.full((5, 4), 1.0)}}, "many.pth")
+    torch.save({"weight": {"emb_g.weight": torch.full((2, 4), 3.0)}}, "few.pth")
+    with pytest.raises(sm.MismatchError, match="leading"):
+        sm.plan(["many.pth", "few.pth"])
+    for first, second, rows in (("many.pth", "few.pth", [2.0] * 2 + [1.0] * 3), ("few.pth", "many.pth", [2.0] * 2)):
+        sm.merge([first, second], "made.pth", on_shape="leading", overwrite=True)
+        assert torch.load("made.pth")["weight"]["emb_g.weight"][:, 0].tolist() == rows

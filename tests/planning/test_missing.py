@@ -39,6 +39,28 @@ def test_a_part_of_a_model_is_a_merge() -> None:
     assert torch.equal(made[name], mean(model(1, layers=40)[name], part[name]))
 
 
+@pytest.mark.parametrize("holder", ["first", "second"])
+def test_marks_without_numbers(holder: str) -> None:
+    """ComfyUI knows a model that predicts velocities by an empty tensor called ``v_pred``."""
+    sides = [model(1), model(2)]
+    sides[holder == "second"]["v_pred"] = torch.zeros(0)
+    saved(one=sides[0], two=sides[1])
+    made, result = merged("one", "two")
+    assert made.keys() == sides[0].keys()
+    assert any("1 tensor (v_pred) is not in every input; it" in note and "marks" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("second", [torch.tensor([9, 9, 9]), torch.tensor([9, 9]), None], ids=["bytes", "length", "none"])
+def test_states_of_modules_are_the_firsts(second: torch.Tensor | None) -> None:
+    """``get_extra_state`` of a module gives the bytes of a pickle (Transformer Engine), of which there is no mean."""
+    name, first = "layers.0.attn._extra_state", torch.tensor([1, 2, 3], dtype=torch.uint8)
+    other = {} if second is None else {name: second.to(torch.uint8)}
+    saved(one={**model(1), name: first}, two={**model(2), **other})
+    made, result = merged("one", "two")
+    assert torch.equal(made[name], first)
+    assert "_extra_state" in " ".join([*result.notes, *result.warnings])
+
+
 @pytest.mark.parametrize("policy", ["error", "base", "drop"])
 @pytest.mark.parametrize("holder", ["first", "second"])
 def test_buffers_that_loaders_compute(holder: str, policy: str) -> None:

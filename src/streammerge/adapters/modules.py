@@ -198,7 +198,10 @@ def adapter_of(index: CheckpointIndex, config: Config | None = None) -> Adapter:
             )
         group[part] = name, source
     if not factors and not config:
-        raise MismatchError(f"{made.where} holds no factors of an adapter, so it cannot be added to a model")
+        raise MismatchError(
+            f"{made.where} holds no factors of an adapter, so it cannot be added to a model; to average the two, name "
+            "them as two inputs"
+        )
     made.dialect = _dialect(index, configs)
     for (module, depth), group in groups.items():
         made.modules += _modules(made, module, depth, group, _config_for(configs, module))

@@ -47,7 +47,8 @@ def _options() -> dict[str, Option]:
 
 
 def _plain(value: str) -> str:
-    """Returns a Python value as it is typed. ``...`` stands for any value."""
+    """Returns a Python value as it is typed in a shell. ``...`` stands for any value."""
     if value == "...":
         return "VALUE"
-    return re.sub(r"""["'\[\]]""", "", value).replace(", ", ",")
+    plain = re.sub(r"""["'\[\]]""", "", value).replace(", ", ",")
+    return f"'{plain}'" if re.search(r"[\s*?<>|&;()$!#~{}\\]", plain) else plain

@@ -36,10 +36,12 @@ from streammerge.tensors.conventions import (
     INDEX_FIRST,
     PIPELINES,
     ROUTED,
+    SEVERAL,
     WEIGHTS_KEY,
 )
 
 _MOST_SHARDS = 10_000
+_MOST_NETWORKS = 100
 _CONFIG = "config.json"
 _TRAINED = "training folder"
 
@@ -84,9 +86,12 @@ def _side_by_side(folder: Location, read_file: ReadFile) -> dict[str, Container]
     if any(form.index and not is_training_file(form.index) for form in _forms(folder)):
         return {}  # before the index is read, which may have a line for each of many tensors
     found = [each for each in _found(folder) if not is_training_file(each.name)]
-    if len(found) < 2 or any(each.rank is not None or each.form.index or len(each.form.files) > 1 for each in found):
+    numbered = _are_numbered(folder, found)
+    if len(found) < 2 or any(each.form.index or len(each.form.files) > 1 for each in found):
         return {}
-    if len({re.sub(r"\d+", "#", each.name) for each in found}) < len(found):
+    if not numbered and any(map(_is_whole, found)):
+        return {}
+    if not numbered and len({re.sub(r"\d+", "#", each.name) for each in found}) < len(found):
         return {}
     models: dict[str, Container] = {}
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -99,11 +104,29 @@ def _side_by_side(folder: Location, read_file: ReadFile) -> dict[str, Container]
         if tensors:
             container.form = each.form
             models[each.name], shapes[each.name] = container, {name: ref.shape for name, ref in tensors.items()}
-    if all(_is_same_model(one, two) for one, two in combinations(shapes.values(), 2)):
+    if not numbered and all(_is_same_model(one, two) for one, two in combinations(shapes.values(), 2)):
         return {}
     inner = [path for path in folder.children() if path.is_folder() and kind_of_folder(path, path.name) == "side"]
     loaded = [path for path in inner if (path / _CONFIG).is_file() and any(map(is_looked_for, _forms(path)))]
     return models | {path.name: _read_own(path, read_file) for path in loaded}
+
+
+def _are_numbered(folder: Location, found: list[_Found]) -> bool:
+    """Whether these are the networks that accelerate saves of one training: ``model.safetensors``, ``model_1.safetensors``
+    and so on, beside the state of the training, which a merge has left out."""
+    first = next((each.form for each in found if each.rank is not None and not each.form.index), None)
+    if first is None:
+        return False
+    wanted = {f"{first.stem}{number}{first.ending}" for number in ("", *(f"_{each}" for each in range(1, len(found))))}
+    beside = folder.children()
+    return wanted == {each.name for each in found} and any(
+        is_training_file(path.name) or path.name == RECEIPT_FILE for path in beside
+    )
+
+
+def _is_whole(found: _Found) -> bool:
+    """Whether a loader looks for this name, and finds the whole model there."""
+    return found.rank is not None and (found.form.stem, found.form.ending) not in SEVERAL
 
 
 def _is_same_model(one: dict[str, tuple[int, ...]], two: dict[str, tuple[int, ...]]) -> bool:
@@ -123,6 +146,7 @@ def declared(folder: Location) -> tuple[list[str], str]:
             content = _json(path)
             if kind == "pipeline" and isinstance(content, dict):
                 found = [key for key, value in content.items() if isinstance(value, list) and any(value)]
+                found = [each for key in found for each in _numbered(folder, key, content)]
                 return [each for key in found for each in _with_weights(folder, key)], kind
             if kind == "folder" and isinstance(content, list):
                 paths = [each.get("path") for each in content if isinstance(each, dict)]
@@ -141,6 +165,17 @@ def _routed(folder: Location, path: str) -> list[str]:
         if isinstance(found, dict):
             names |= found
     return [*([path] if path else []), *(f"{path}/{name}".lstrip("/") for name in names)]
+
+
+def _numbered(folder: Location, name: str, content: dict[str, Any]) -> Iterator[str]:
+    """Yields a declared subfolder, and those in which diffusers saves further networks of the same part, such as
+    ``controlnet_1`` beside ``controlnet``."""
+    yield name
+    for number in range(1, _MOST_NETWORKS):
+        other = f"{name}_{number}"
+        if other in content or not is_inner(other) or not (folder / other).is_folder():
+            return
+        yield other
 
 
 def _trained(folder: Location) -> list[str]:

@@ -13,9 +13,9 @@ from functools import cached_property
 from typing import Any
 
 from streammerge.pickles.candidates import Candidate, Found, inside
-from streammerge.pickles.state_dict import matched_by_order, trained_of, unwrapped, weights_of
+from streammerge.pickles.state_dict import matched_by_order, trained_of, unread_kind, unwrapped, weights_of
 from streammerge.pickles.training_state import is_training_state
-from streammerge.pickles.tree import MISSING, Instance, OrderedTree, TensorRef, mapping_items, number, walk
+from streammerge.pickles.tree import MISSING, Instance, OrderedTree, TensorRef, children, mapping_items, number, walk
 from streammerge.tensors.conventions import AVERAGED
 
 _DEEPEST = 60
@@ -148,6 +148,13 @@ def outside(tree: Any, taken: set[int]) -> Iterator[tuple[tuple[Any, ...], Tenso
             yield path, node
 
 
+def unread_outside(tree: Any, taken: set[int]) -> Iterator[tuple[tuple[Any, ...], str]]:
+    """Yields (path, kind) of the tensors in forms that are not read, such as sparse ones, where :func:`outside` looks."""
+    for path, node in _outside(tree, taken):
+        if kind := unread_kind(node):
+            yield path, kind
+
+
 def numbers_outside(tree: Any, taken: set[int]) -> Iterator[tuple[tuple[Any, ...], float]]:
     """Yields (path, number) of the plain numbers, also numpy's, that stand where :func:`outside` looks."""
     for path, node in _outside(tree, taken):
@@ -159,11 +166,17 @@ def numbers_outside(tree: Any, taken: set[int]) -> Iterator[tuple[tuple[Any, ...
 
 
 def _outside(tree: Any, taken: set[int]) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Yields (path, node) of what stands outside the nodes that are taken, and outside the state of a training."""
+    """Yields (path, node) of what stands outside the nodes that are taken, and outside the state of a training.
+
+    A tensor in a form that is not read is one node: the indices of a sparse one mean nothing without its values.
+    """
     skip: set[tuple[int, Any]] = set()
     for path, node in walk(tree, skip) if id(tree) not in taken else ():
         yield path, node
         if isinstance(node, TensorRef):
+            continue
+        if unread_kind(node):
+            skip.update((id(node), key) for key, _ in children(node))
             continue
         for key, value in inside(node)[1] if isinstance(node, dict | list | tuple | Instance) else ():
             if isinstance(value, dict | list | tuple | Instance) and (id(value) in taken or is_training_state(key, value)):

@@ -26,6 +26,7 @@ from streammerge.pickles.candidates import MOST_NAME, AllFound, Candidate, Found
 from streammerge.pickles.training_state import bars, is_training_state
 from streammerge.pickles.tree import FlatTree, Global, Instance, TensorRef, is_quantised, mapping_items, walk
 from streammerge.tensors.conventions import AVERAGED, SWAPPED
+from streammerge.units import counted, inflected
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -215,7 +216,7 @@ def _use_averages(selection: Selection) -> bool:
     kept = [f for f in plain.values() if f.name.partition(".")[0] not in left_out]
     selection.tensors = [Found(f.name, stand_in.get(f.name, f).ref, f.holder, f.key, f.ref) for f in kept]
     tops = listed([f"{top}.*" for top in sorted(left_out)])
-    selection.notes.append(f"{len(stand_in)} EMA weights ({tops}) replace the plain ones")
+    selection.notes.append(_replaced(len(stand_in), tops))
     return True
 
 
@@ -236,9 +237,13 @@ def _use_list(selection: Selection) -> bool:
                 Found(f.name, stand_in[f.name].ref, f.holder, f.key, f.ref) if f.name in stand_in else f
                 for f in selection.tensors
             ]
-            selection.notes.append(f"{len(stand_in)} EMA weights ({copy.label}) replace the plain ones")
+            selection.notes.append(_replaced(len(stand_in), copy.label))
             return True
     return False
+
+
+def _replaced(count: int, where: str) -> str:
+    return f"{counted(count, 'EMA weight')} ({where}) {inflected(count, 'replaces', 'replace')} plain ones"
 
 
 def weights_of(candidate: Candidate) -> list[Found]:
@@ -310,7 +315,7 @@ def unread_tensors(tree: Any, chosen: Sequence[Candidate] | None = None) -> list
     found = []
     skip: set[tuple[int, Any]] = set()
     for path, node in walk(tree, skip):
-        kind = _unread_kind(node)
+        kind = unread_kind(node)
         if kind:
             among = chosen is None or kind in _OF_WEIGHTS or any(c.path == path[: len(c.path)] for c in chosen)
             found += [(".".join(map(printable, path)), kind)] if among else []
@@ -322,7 +327,7 @@ def unread_tensors(tree: Any, chosen: Sequence[Candidate] | None = None) -> list
     return found
 
 
-def _unread_kind(node: Any) -> str:
+def unread_kind(node: Any) -> str:
     """Returns what a tensor in a form that is not read is called; "" for all else. A layer of torch's quantised modules
     packs its weight and bias into one tuple."""
     if isinstance(node, tuple):

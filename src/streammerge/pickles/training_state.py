@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from streammerge.pickles.tree import FieldName
@@ -21,6 +22,7 @@ _STALE = (
     r"(?i)(.*_)?optim(izer)?s?(?!_history)(_\w+)?|(lr_|opt_param_|param_)?sched(uler)?s?(_(states?|state_dict|g|d|disc|gen))?"
     r"|(grad|amp)_scaler(_state(_dict)?)?"
 )
+_DEEPEST = 4
 _DATA_STATISTICS = r"(?i)(.*_)?stats"
 _LOSS_SCALER_KEYS = {"scale", "growth_factor", "loss_scale", "loss_scaler0"}
 _STATES = ({"growth_factor", "growth_interval"}, {"loss_scaler0"}, {"last_epoch", "_step_count"})
@@ -42,6 +44,18 @@ def is_training_state(key: Any, value: Any) -> bool:
     if key.lower() in ("scaler", "scaler_state", "scaler_state_dict", "amp"):
         return isinstance(value, dict) and (not value or not _LOSS_SCALER_KEYS.isdisjoint(value))
     return re.fullmatch(_STALE, key) is not None
+
+
+def states_elsewhere(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any, Any, Any]]:
+    """Yields (path, holder, key, value) of the states that are known by their content, in plain dicts below a node, such as
+    ``trainer.optimizer``. Records of a run are not entered: Lightning's ``loops`` count the steps of an optimizer."""
+    for key, value in node.items() if isinstance(node, dict) and len(path) < _DEEPEST else ():
+        if not isinstance(value, dict) or is_record(key):
+            continue
+        if is_training_state(None, value):
+            yield (*path, key), node, key, value
+        else:
+            yield from states_elsewhere(value, (*path, key))
 
 
 def bars(key: Any) -> bool:

@@ -28,10 +28,11 @@ from streammerge.sources.base import Source
 from streammerge.sources.stored import Stored as StoredSource
 from streammerge.sources.table import StoredTable, same_names
 from streammerge.tensors.dtypes import DType, promoted
-from streammerge.tensors.names import is_counter, why_ignored, why_optional
+from streammerge.tensors.names import is_counter, is_state, why_ignored, why_optional
 from streammerge.tensors.spec import TensorSpec
 
 if TYPE_CHECKING:
+    from streammerge.checkpoints.index import CheckpointIndex
     from streammerge.planning.vocabularies import Tokenized
 
 _DIFFERING = ("differs in shape or dtype", "differ in shape or dtype")
@@ -48,7 +49,7 @@ _FITS = Fitted([])
 class Alignment:
     """``taken``: how many tensors each rule took. ``restacked`` as :class:`parts.Parts` has it.
 
-    ``shares``: the tree of each checkpoint, and its weight in means of plain numbers. ``dispositions``: of the tensors.
+    ``shares``: each checkpoint, and its weight in means of plain numbers. ``dispositions``: of the tensors.
     ``tokenized``: the output's vocabulary, if the recipe asks for one. ``mixed``: the tensors that have several dtypes in
     the inputs, by the smallest dtype that holds all of them. ``viewed``: each view, with the name in the first view of a
     part -> its name here; None for a first view.
@@ -59,7 +60,7 @@ class Alignment:
     warnings: list[str] = field(default_factory=list)
     taken: list[int] = field(default_factory=list)
     restacked: list[Restacked] = field(default_factory=list)
-    shares: list[tuple[Any, float]] = field(default_factory=list)
+    shares: list[tuple[CheckpointIndex, float]] = field(default_factory=list)
     dispositions: Dispositions = field(default_factory=Dispositions)
     tokenized: Tokenized | None = None
     mixed: dict[DType, list[str]] = field(default_factory=dict)
@@ -373,8 +374,9 @@ class _Aligner:
             or why_optional(name, first.spec.shape)
         )
         too_few = lacking and sum(s is not None for s in used[based:]) < method.models[0]
-        if fitted.keep or method is COPY or absent_here or too_few:
+        if fitted.keep or method is COPY or absent_here or too_few or is_state(name):
             why = "" if method is COPY else "not in every input" if lacking else "differs in shape or dtype"
+            why = why if fitted.keep or lacking or method is COPY else "the state of a module, which only the module reads"
             return Merged(names, spec, COPY, (first,), tied=tied, rest=rest, why=why)
         counts = first.spec.numel == 1 and is_counter(name)
         if counts or fitted.mixed or first.spec.dtype.kind not in ("float", "complex"):

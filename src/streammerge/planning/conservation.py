@@ -36,6 +36,8 @@ _BESIDE = "beside the weights"
 HELPERS = "a helper of quantised weights, which are numbers with it"
 _NUMBERS = "a number of the adapter, which was read"
 _ABSENT = "the first input lacks it"
+_OTHER_DICT = "another state dict or copy, which the output has no place for"
+_SINGLE = "beside the weights; the output has what the first input has there"
 _EMPTY = "it has no elements to merge"
 _PART = "no part of the merge takes it"
 _REPLACED = "an adapter has another in its place"
@@ -205,6 +207,7 @@ def _add_others(index: CheckpointIndex, uses: _Uses, account: Account) -> None:
     chosen = {id(found.ref) for found in selection.tensors}
     replaced = {id(found.node) for found in selection.tensors if found.node is not None}
     training = {id(f.ref) for each in selection.candidates if each.barred or each.stale for f in each.tensors}
+    dicts = {id(f.ref) for each in selection.candidates if each.kind != "loose tensors" for f in each.tensors}
     for path, node in walk(index.extras):
         if not isinstance(node, TensorRef) or id(node) in chosen:
             continue
@@ -219,7 +222,7 @@ def _add_others(index: CheckpointIndex, uses: _Uses, account: Account) -> None:
         elif id(node) in replaced:
             account.add(("dropped", AVERAGED), label)
         else:
-            account.add(("dropped", "another state dict or copy, which the output has no place for"), label)
+            account.add(("dropped", _OTHER_DICT if id(node) in dicts else _SINGLE), label)
 
 
 class _Uses:

@@ -121,6 +121,7 @@ class Mismatch:
     def refuse(self, recipe: Recipe) -> None:
         """MismatchError with everything that the recipe's policies do not settle."""
         strangers = [path for path, known in self.shared.items() if known[0] * 20 < min(known[1:])]
+        strangers = [path for path in strangers if not self._sole(path)]
         if len({(each.first.shape, each.other.shape) for each in self.extended}) > 1 or self.differing:
             self.differing += self.extended
         names = self.rows() if recipe.on_missing == "error" or strangers else []
@@ -148,7 +149,7 @@ class Mismatch:
             ways = ['`on_shape="base"` (keep the first\'s)']
             if all(d.by_rows for d in shapes):
                 ways.append('`"rows"` (merge the common leading rows, keep the rest of the larger)')
-            elif all(d.by_blocks for d in shapes):
+            if all(d.by_blocks for d in shapes):
                 ways.append(
                     '`"leading"` (merge the block that all have at the start of every axis, keep the rest of the first)'
                 )
@@ -191,6 +192,12 @@ class Mismatch:
             elif joined := self._joined(path, missing, extra):
                 said.append(joined)
                 related = False
+            elif normed := self._normed(path, missing, extra):
+                said.append(normed)
+                related = False
+            elif sole := self._sole(path):
+                said.append(sole)
+                related = False
             elif renamings := self._renamings(path, missing, extra):
                 said += [self._prefix(path, renaming) for renaming in renamings]
             elif common * 2 < min(len(ours), len(theirs)):
@@ -223,6 +230,32 @@ class Mismatch:
                         f"{listed(found)} in {printable(apart_in)}; save one of the two again in the form of the other"
                     )
         return ""
+
+    def _normed(self, path: str, missing: Sequence[str], extra: Sequence[str]) -> str:
+        """Says which of the two has weights with torch's weight_norm, where the other has them without it."""
+        from streammerge.tensors.names import spelled  # here, because it is seldom asked
+
+        for normed_in, parts, bare_in, whole in ((self.first, missing, path, extra), (path, extra, self.first, missing)):
+            there = set(map(spelled, parts))
+            found = [name for name in whole if {f"{spelled(name)}_g", f"{spelled(name)}_v"} <= there]
+            if found and 2 * len(found) >= len(whole):
+                return (
+                    f"weight_norm removed: {printable(bare_in)} has {listed(found, 2)} in one piece, and "
+                    f"{printable(normed_in)} as length and direction (_g, _v); load {printable(normed_in)} in its program, "
+                    "call torch.nn.utils.remove_weight_norm for each of its layers, and save it again"
+                )
+        return ""
+
+    def _sole(self, path: str) -> str:
+        """Says how to name the only tensor of a checkpoint as the only one of the first, such as a learned word."""
+        ours, theirs = self.names.get(self.first, {}), self.names.get(path, {})
+        if len(ours) != 1 or list(ours.values()) != list(theirs.values()):
+            return ""
+        (one,), (other,) = ours, theirs
+        return (
+            f"another name of the only tensor: {printable(one)} in {printable(self.first)}; if the two are the same, "
+            f'`rename="{printable(other)}={printable(one)}"` says so'
+        )
 
     def _renamings(self, path: str, missing: Sequence[str], extra: Sequence[str]) -> list[Renaming]:
         """Returns prefixes that would make most names equal, and that were not matched automatically."""

@@ -157,7 +157,7 @@ class Ignored:
         """Returns a sentence for each reason. ``fate``, ``what``: what is said of one tensor, and of several."""
         return [
             f"{counted(len(names), 'tensor')} ({listed(names, 2)}) {inflected(len(names), *what)}; "
-            f"{inflected(len(names), *fate)}, since {inflected(len(names), 'it is among the', 'they are')} {reason}"
+            f"{inflected(len(names), *fate)}, since {inflected(len(names), 'it belongs to', 'they are')} {reason}"
             for reason, names in self.reasons.items()
         ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import RecipeError, printable
 from streammerge.methods.contracts import MergeMethod, Parameter
@@ -14,6 +14,9 @@ from streammerge.recipe.model import Recipe, Rule
 from streammerge.recipe.settings import Chain, Setting, Settings
 from streammerge.sources.base import Source
 from streammerge.units import counted
+
+if TYPE_CHECKING:
+    from streammerge.checkpoints.index import CheckpointIndex
 
 
 @dataclass(slots=True, eq=False)
@@ -141,11 +144,11 @@ def filled(parameter: Parameter, values: list[Any]) -> tuple[Any, ...] | None:
     return tuple(default if value is None else value for value in values)
 
 
-def shares(part: Part) -> list[tuple[Any, float]]:
-    """Returns each checkpoint's tree and its weight in averages of plain numbers. A base that is not a model weighs 0."""
+def shares(part: Part) -> list[tuple[CheckpointIndex, float]]:
+    """Returns each checkpoint and its weight in averages of plain numbers. A base that is not a model weighs 0."""
     weight = part.method.parameters.get("weight")
-    found: list[tuple[Any, float]] = []
+    found: list[tuple[CheckpointIndex, float]] = []
     for number, view in enumerate(part.views):
         value = Chain(weight, (view.own, *part.levels)).at("", 0.0) if weight else None
-        found.append((view.index.extras, 0.0 if number not in part.models else 1.0 if value is None else value))
+        found.append((view.index, 0.0 if number not in part.models else 1.0 if value is None else value))
     return found

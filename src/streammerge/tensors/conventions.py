@@ -46,12 +46,14 @@ IGNORED: tuple[tuple[str, str, str], ...] = (
         "",
         _SCHEDULE,
     ),
+    (r"^denoiser\.sigmas$", "", _SCHEDULE),
     (r"^loss\.(logvar|discriminator\.|perceptual_loss\.)", "", "the loss that an autoencoder is trained with"),
     (r"(^|\.)(position_ids|token_type_ids)$", "", _INDEX),
     (r"(^|\.)relative_position_index$", "", _INDEX),
     (r"(^|\.)(mel_scale\.fb|spectrogram\.window)$", "", _SPECTROGRAM),
     (r"(^|\.)(attn|attention|self_attn)\.(bias|causal_mask|mask)$", "square mask", _MASK),
     (r"(^|\.)(attn|attention|self_attn)\.masked_bias$", "", "the number that a causal mask puts in"),
+    (r"(^|\.)_extra_state$", "", "states of modules, which only the modules read"),
     (r"\.EncDecAttention\.relative_attention_bias\.weight$", "", "a bias that early T5 stored and no T5 uses"),
     (r"(^|\.)(encoder|decoder)\.version$|(^|\.)_float_tensor$", "", "marks of fairseq, which hold no weights"),
 )
@@ -116,7 +118,17 @@ COUNTERS: frozenset[str] = frozenset(
     (
         *("step", "steps", "global_step", "global_steps", "global_samples", "optimization_step"),
         *("iteration", "iterations", "iter", "iters", "iter_num", "n_iter"),
-        *("epoch", "current_epoch", "batch_idx_train", "update", "updates", "num_updates", "n_averaged"),
+        *(
+            "epoch",
+            "epochs",
+            "current_epoch",
+            "cur_epoch",
+            "batch_idx_train",
+            "update",
+            "updates",
+            "num_updates",
+            "n_averaged",
+        ),
         "num_batches_tracked",
         "count",
         "initted",
@@ -151,6 +163,10 @@ WEIGHT_FILES: tuple[tuple[str, str, str], ...] = (
     ("consolidated.00", ".pth", "Llama, Mistral"),
 )
 """(stem, ending, program): the names by which loaders find the weights in a folder, in the order of their search."""
+
+SEVERAL: frozenset[tuple[str, str]] = frozenset((("model", ".ckpt"),))
+"""(stem, ending) among them that is the name of one network of several. SpeechBrain saves each part of a training under
+its own name in one folder, so ``wav2vec2.ckpt`` beside ``model.ckpt`` is a part too."""
 
 WEIGHTS_KEY = "transformers_weights"
 """A key of ``config.json`` that names the file of the weights, or their index. transformers looks for it first."""

@@ -70,6 +70,12 @@ def is_counter(name: str) -> bool:
     return name.rpartition(".")[2] in COUNTERS
 
 
+def is_state(name: str) -> bool:
+    """Whether a tensor is a state in a module's own form (``get_extra_state`` of torch), mostly the bytes of a pickle."""
+    return name.rpartition(".")[2] == _STATE
+
+
+_STATE = "_extra_state"
 _FIRST_LAYER_ONLY = ".relative_attention_bias.weight"
 
 
@@ -77,6 +83,8 @@ def why_optional(name: str, shape: tuple[int, ...]) -> str:
     """Describes a tensor that a checkpoint of the same model may lack. Returns "" for any other tensor."""
     if shape in ((), (1,)) and is_counter(name):
         return "counters of the training"
+    if 0 in shape:
+        return "marks without numbers, whose names alone tell a loader something"
     if name.endswith(_FIRST_LAYER_ONLY):
         return "biases that only the first layer of a stack has"
     return why_ignored(name, shape)

@@ -168,6 +168,8 @@ def test_what_a_safetensors_file_does_not_hold_is_named(tmp_path: Path, content:
     torch.save(content, tmp_path / "0.pt")
     dropped = [each for each in decisions(tmp_path, 1, "out.safetensors") if each.fate == "dropped"]
     assert {name for each in dropped for name in each.names} == names
+    tensors = {name for each in dropped for name in each.names if each.why.startswith("outside the state dict")}
+    assert tensors == names & {"latent_avg", "x.log_alpha"}
 
 
 class Norm(NamedTuple):
@@ -303,3 +305,47 @@ def test_the_fields_of_a_named_tuple_are_members(tmp_path: Path) -> None:
     assert torch.equal(made.model["a.w"], torch.full((2,), 1.5))
     assert any("[1] (stale after a merge" in note for note in result.notes)
     assert any("[2] (plain numbers that differ)" in note for note in result.notes)
+
+
+def test_tensors_in_other_forms_stay_whole(tmp_path: Path) -> None:
+    """The values of a sparse tensor belong to its own indices, so no mean of the values alone is a tensor."""
+
+    def content(value: float) -> dict[str, Any]:
+        place = int(value) % 2
+        graph = torch.sparse_coo_tensor([[place, 0], [0, 1]], [value, 3.0], (2, 2))
+        rows = graph.to_dense().t().contiguous().to_sparse_csr()
+        ragged = torch.nested.nested_tensor([torch.full((2 + place,), value), torch.full((3 - place,), value)])
+        return {"model": weights(value), "graph": graph, "more": {"rows": rows}, "ragged": ragged}
+
+    made, result = merged(tmp_path, content(1), content(2))
+    first = torch.load(tmp_path / "0.pt")
+    assert made["model"]["a.w"].tolist() == [1.5, 1.5]
+    for own, other in ((made["graph"], first["graph"]), (made["more"]["rows"], first["more"]["rows"])):
+        assert torch.equal(own.to_dense(), other.to_dense())
+    assert all(map(torch.equal, made["ragged"].unbind(), first["ragged"].unbind()))
+    notes = [note for note in result.notes if note.startswith("kept as the first input has them")]
+    assert notes == [
+        "kept as the first input has them: graph, more.rows (sparse, so not merged)",
+        "kept as the first input has them: ragged (nested, so not merged)",
+    ]
+
+
+def test_a_sparse_tensor_that_safetensors_does_not_hold_is_named_once(tmp_path: Path) -> None:
+    torch.save({"model": weights(1), "graph": torch.eye(2).to_sparse()}, tmp_path / "0.pt")
+    plan = sm.plan([tmp_path / "0.pt", tmp_path / "0.pt"], out=tmp_path / "x.safetensors")
+    left = [(each.names, each.why) for each in plan.dispositions if each.fate == "dropped"]
+    assert left == [(("graph",), "sparse, which a safetensors file does not hold")]
+
+
+def test_an_optimizer_in_another_branch_is_left_out(tmp_path: Path) -> None:
+    def content(value: float) -> dict[str, Any]:
+        state = {"optimizer": OPTIMIZER, "warm": {"sched": {"last_epoch": 1, "_step_count": 2}}, "seed": 1}
+        loops = {"fit": {"optimizer": {"param_groups": 1}}}  # a record, without which Lightning does not go on
+        return {"model": weights(value), "trainer": state, "loops": loops}
+
+    made, result = merged(tmp_path, content(1), content(3))
+    assert made["trainer"] == {"warm": {}, "seed": 1}
+    assert made["loops"] == content(1)["loops"]
+    assert any("left out of the output: trainer.optimizer, trainer.warm.sched (stale" in note for note in result.notes)
+    made, _ = merged(tmp_path, content(1), content(3), keep_optimizer=True)
+    assert set(made["trainer"]) == {"optimizer", "warm", "seed"}

@@ -89,6 +89,11 @@ def test_metadata_is_the_first_inputs_without_hashes(single: Path) -> None:
         assert ("streammerge" in metadata) == merged
 
 
+def test_a_hash_that_is_left_out_is_told(single: Path, tmp_path: Path) -> None:
+    result = sm.merge([single, single], tmp_path / "told.safetensors")
+    assert "left out of the output: sshs_model_hash (true of the first input only)" in result.notes
+
+
 @pytest.mark.parametrize("ending", ["", ".mdl", "-1.5"])
 @pytest.mark.parametrize("form", ["pickle", "safetensors"])
 def test_an_output_may_be_called_as_the_inputs_are(

@@ -17,9 +17,9 @@ from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.methods.registry import COPY
 from streammerge.pickles.candidates import Candidate, Found, dotted, inside
-from streammerge.pickles.copies import Originals, node_at, numbers_outside, outside, tensor_at, trail
+from streammerge.pickles.copies import Originals, node_at, numbers_outside, outside, tensor_at, trail, unread_outside
 from streammerge.pickles.state_dict import Selection
-from streammerge.pickles.training_state import bars, is_measurement, is_record, is_training_state
+from streammerge.pickles.training_state import bars, is_measurement, is_record, is_training_state, states_elsewhere
 from streammerge.pickles.tree import MISSING, FieldName, TensorRef, mapping_items, number, walk
 from streammerge.planning.dispositions.ledger import Fate
 from streammerge.recipe.model import Recipe, Reference
@@ -35,6 +35,7 @@ EMPTIED = "stale after a merge, so None is in its place; `keep_optimizer=True` k
 NUMBERS = "plain numbers that differ"
 RECORDS = "settings and records of the first input's training, which differ"
 BESIDE = "a safetensors file holds tensors only"
+OUTSIDE = "outside the state dict that is written; `state_dict` chooses it"
 ONE_COPY = "the output holds one copy of the weights; `state_dict` and `ema` choose it"
 
 
@@ -279,7 +280,8 @@ class _Deciding:
     # -- the state of the training ----------------------------------------------------------------------------------
 
     def _training_state(self) -> Iterator[Drop]:
-        """Yields optimizer, scheduler and scaler in a merged state dict, and at every level above it."""
+        """Yields optimizer, scheduler and scaler in a merged state dict, and at every level above it. Those that stand
+        elsewhere are known by their content only."""
         tree, seen = self.first.extras, set[tuple[int, Any]]()
         copies = [copy.candidate for copy in self.entries.copies if copy.candidate]
         for candidate in [*self.first.selection.chosen, *copies]:
@@ -296,10 +298,16 @@ class _Deciding:
                         seen.add((id(holder), key))
                         self.taken.add(id(value))
                         yield Drop(_shown((key,)), holder, key, EMPTIED if members else OPTIMIZER)
+        for path, holder, key, value in states_elsewhere(tree):
+            if (id(holder), key) not in seen and id(value) not in self.taken:
+                self.taken.add(id(value))
+                yield Drop(_shown(path), holder, key, OPTIMIZER)
 
     # -- single tensors ---------------------------------------------------------------------------------------------
 
     def _decide_single(self) -> None:
+        for path, kind in unread_outside(self.first.extras, self.taken):
+            self.entries.told.setdefault(unread(kind), []).append(".".join(map(str, path)))
         single = list(outside(self.first.extras, self.taken))
         if not single:
             return
@@ -400,6 +408,11 @@ def _why_kept(path: tuple[Any, ...], ref: TensorRef, theirs: list[TensorRef | No
     return "" if _is_count(path) or ref.dtype.kind in ("float", "complex") else "no floating-point numbers"
 
 
+def unread(kind: str) -> str:
+    """Returns why a tensor in a form that is not read stays the first input's."""
+    return f"{kind}, so not merged"
+
+
 def _is_count(path: tuple[Any, ...]) -> bool:
     return isinstance(path[-1], str) and is_counter(path[-1])
 
@@ -484,10 +497,13 @@ def left_behind(first: CheckpointIndex) -> Iterator[tuple[str, str]]:
         if all(id(found.ref) in read for found in candidate.tensors):
             continue  # its averages stand in the place of the plain weights
         weights = candidate.averaged or originals.of(candidate)
-        yield candidate.label, ONE_COPY if weights else BESIDE
+        yield candidate.label, ONE_COPY if weights else OUTSIDE
     for path, _ in outside(tree, taken):
         tops.add(path[0])
-        yield ".".join(map(printable, path)), BESIDE
+        yield ".".join(map(printable, path)), OUTSIDE
+    for path, kind in unread_outside(tree, taken):
+        tops.add(path[0])
+        yield ".".join(map(printable, path)), f"{kind}, which a safetensors file does not hold"
     for key, value in mapping_items(tree) or ():
         if key not in tops and not isinstance(value, TensorRef):
             yield printable(key), BESIDE

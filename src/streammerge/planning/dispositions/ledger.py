@@ -12,6 +12,7 @@ Thing = Literal["tensor", "entry", "file"]
 """A tensor; an entry of a pickle that is no tensor of the merge; a file of a folder."""
 Fate = Literal["merged", "copied", "edited", "dropped"]
 _FATES = ("merged", "copied", "edited", "dropped")
+ONE_FILE = "true of the first input only"
 _MOST_NAMES = 20
 
 
@@ -43,9 +44,10 @@ class Dispositions:
         if not known:
             del self._names[thing, fate, why]
 
-    def update(self, other: Dispositions) -> None:
+    def update(self, other: Dispositions, prefix: str = "") -> None:
+        """Adds the decisions of a part. ``prefix``: what its names begin with among those of the whole."""
         for (thing, fate, why), names in other._names.items():
-            self.add(thing, names, fate, why)
+            self.add(thing, [prefix + name for name in names] if prefix else names, fate, why)
 
     def __iter__(self) -> Iterator[Decision]:
         """Yields the decisions by fate, and within a fate in the order in which they were made."""

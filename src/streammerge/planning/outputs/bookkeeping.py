@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from streammerge.errors import printable
 from streammerge.pickles.training_state import is_training_state
 from streammerge.pickles.tree import TensorRef, mapping_items, number, walk
-from streammerge.planning.dispositions.ledger import Dispositions
+from streammerge.planning.dispositions.ledger import ONE_FILE, Dispositions
 from streammerge.tensors.conventions import COUNTERS, FACTS, PROGRESS
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def drop_facts(trees: list[Any], edit: Edit, dispositions: Dispositions) -> list
     plain = {key: value for key, value in first.items() if isinstance(value, str | int | bytes)}
     gone = [key for key in plain if isinstance(key, str) and key.lower() in FACTS]
     edit.dropped.update((id(first), key) for key in gone)
-    dispositions.add("entry", gone, "dropped", "true of the first input only")
+    dispositions.add("entry", gone, "dropped", ONE_FILE)
     names = [key for key in ("name", "model_name", "info") if plain.get(key)]
     return [f"'{key}' is still {printable(plain[key], 60)}, as the first input has it" for key in names]
 

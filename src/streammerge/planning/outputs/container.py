@@ -19,7 +19,7 @@ from streammerge.formats.records import RECEIPT_KEY
 from streammerge.methods.registry import COPY
 from streammerge.planning.aligned import Merged, MergedTensors
 from streammerge.planning.alignment import Alignment
-from streammerge.planning.dispositions.ledger import Dispositions
+from streammerge.planning.dispositions.ledger import ONE_FILE, Dispositions
 from streammerge.planning.outputs.layout import (
     PLAIN_ENDINGS,
     Accounting,
@@ -28,6 +28,7 @@ from streammerge.planning.outputs.layout import (
     PlacedTensors,
     PlannedOutput,
     blank_sums,
+    hashes_of,
     metadata_of,
     stays_enclosed,
 )
@@ -165,9 +166,12 @@ def _planned(
     merged = alignment.merged
     if kind != "folder" and any(first.parts):
         models = listed([each or "." for each in first.parts])
+        from streammerge.planning.dispositions.files import is_file_of_folder  # here, because most outputs are possible
+
+        which = "files" if all(map(is_file_of_folder, first.parts.values())) else "subfolders"
         raise RecipeError(
             f"{printable(first.path)} holds several models ({models}), which no program loads from one file; "
-            "end the output's name in /, or give one of the subfolders"
+            f"end the output's name in /, or give one of the {which}"
         )
     if kind != "folder":
         _place_beside(name, first, alignment.dispositions)
@@ -192,6 +196,7 @@ def _planned(
     if kind == "folder":
         return _folder(recipe, first, indexes, alignment, accounting, dispositions)
     metadata = metadata_of(recipe, first)
+    dispositions.add("entry", hashes_of(first), "dropped", ONE_FILE)
     if isinstance(merged, MergedTensors):
         names, kinds = merged.columns()
     else:

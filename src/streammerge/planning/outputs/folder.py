@@ -190,7 +190,7 @@ def _own_alignment(
         )
         for m in whole
     ]
-    shares = [] if name else alignment.shares
+    shares = [(index.parts[name], weight) for index, weight in alignment.shares if name in index.parts]
     return replace(alignment, merged=own, shares=shares, dispositions=Dispositions()), whole
 
 
@@ -359,7 +359,7 @@ class _Folder:
             for each in made.placed
         ]
         self.notes += [note for note in made.notes if note not in self.notes]
-        self.dispositions.update(made.dispositions)
+        self.dispositions.update(made.dispositions, prefix)
         self.pickle_bytes += made.pickle_bytes
 
     def _add_config(self, prefix: str, folder: Location, part: CheckpointIndex, own: Alignment) -> None:

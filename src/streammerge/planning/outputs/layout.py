@@ -111,9 +111,19 @@ def recipe_record(recipe: Recipe) -> dict[str, Any] | None:
 def metadata_of(recipe: Recipe, first: CheckpointIndex) -> dict[str, str]:
     """Returns the first checkpoint's own metadata, ``format: pt`` and, for a merge, the recipe."""
     left = (RECIPE_KEY, RECEIPT_KEY, *(_OF_QUANTISED if first.quantised else ()))
-    kept = {k: v for k, v in first.metadata.items() if "hash" not in k.lower() and k not in left}
+    kept = {k: v for k, v in first.metadata.items() if not _is_hash(k) and k not in left}
     record = recipe_record(recipe)
     return kept | {"format": "pt"} | ({RECIPE_KEY: to_json(record)} if record else {})
+
+
+def hashes_of(first: CheckpointIndex) -> list[str]:
+    """Returns the keys of the metadata that hold a hash: of this file, or of one that it was trained on. A program that
+    finds one in another file takes that for the first."""
+    return [key for key in first.metadata if _is_hash(key)]
+
+
+def _is_hash(key: str) -> bool:
+    return "hash" in key.lower()
 
 
 def blank_sums(sizes: list[int]) -> str:

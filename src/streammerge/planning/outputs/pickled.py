@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex
@@ -119,7 +120,8 @@ def pickled_file(
         for key, m in holders.items():
             edit.replaced[id(tree[key])] = builder.stand_in(m.spec.name, tree[key])
     sums = blank_sums([spec.nbytes for spec, _, _ in builder.tensors.values()])
-    told = beside(sums, dispositions, filter(None, (m or source for _, m, source in builder.tensors.values())))
+    made = (m or source for _, m, source in builder.tensors.values())
+    told = beside(sums, dispositions, filter(None, chain(made, builder.kept)))
     if plain:
         headers = [plain_pickle.header(key, text) for key, text in told.items()]
         pickle = stream(tree, edit, headers=headers, origin=printable(base.path))

@@ -26,12 +26,14 @@ class Builder:
     """Gives every tensor of a pickle its own bytes: a storage, or for an array of numpy a blank in the pickle.
 
     ``plain``: the output is a plain pickle, in which storages are blanks too. ``arrays``: every tensor is an array.
+    ``kept``: the arrays of the first input whose bytes stay in the pickle.
     """
 
     def __init__(self, edit: Edit, plain: bool, arrays: bool) -> None:
         self.edit, self.plain, self.arrays = edit, plain, arrays
         self.storages: dict[str, tuple[str, int]] = {}
         self.tensors: dict[str, tuple[TensorSpec, Merged | None, Source | None]] = {}
+        self.kept: list[Source] = []
         self._merged: dict[str, Merged] = {}
         self._made: dict[tuple[str, bool], StorageRef] = {}
         self._copies: dict[tuple[object, ...], StorageRef] = {}
@@ -119,10 +121,11 @@ class Builder:
                 nodes.extend(((*path, *below), part) for below, part in walk(node.wrapper[1]))
                 continue
             if isinstance(node, TensorRef):
-                if is_array(node) and isinstance(node.entry, Inline):
-                    continue  # its bytes stay in the pickle
                 name = ".".join(map(str, path))
                 entry = base.container.locate(name, node)
+                if is_array(node) and isinstance(node.entry, Inline):
+                    self.kept.append(entry)
+                    continue
                 if entry.nbytes and entry.place in merged:
                     self.edit.replaced[id(node)] = self.stand_in(merged[entry.place], node)
                     continue

@@ -49,11 +49,12 @@ def edit_tree(
     _edit_beside(entries, copies, renames, edit, builder)
     notes = record_entries(entries, copies, dispositions)
     if len(alignment.shares) > 1:
-        said = merge_bookkeeping([tree for tree, _ in alignment.shares], [w for _, w in alignment.shares], edit)
+        trees = [index.extras for index, _ in alignment.shares]
+        said = merge_bookkeeping(trees, [weight for _, weight in alignment.shares], edit)
         if said:
             notes.append(f"bookkeeping: {', '.join(said)}")
             dispositions.add("entry", said, "edited", "bookkeeping")
-        notes += drop_facts([tree for tree, _ in alignment.shares], edit, dispositions)
+        notes += drop_facts(trees, edit, dispositions)
     builder.place_rest(base.extras, base, home)
     return notes
 
