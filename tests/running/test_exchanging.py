@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import wait_until
 from safetensors.torch import save_file
 
 import streammerge as sm
-from running.test_shared import LEASE_SECONDS, machine, wait_for
+from running.test_shared import LEASE_SECONDS, machine
 from streammerge.kernels.chunk import Look, Step, Sweep
 from streammerge.kernels.kth_largest import _Found
 from streammerge.kernels.ranking import Cut
@@ -151,7 +152,7 @@ def test_a_machine_that_dies_in_a_pass_costs_its_block(
     sm.plan(models[:2], out, save=plan, **way)
     monkeypatch.setenv("ANSWER_SECONDS", "0.3")
     first = machine(plan, tmp_path / "told", 0.0, claim=True, workers=1)
-    wait_for(lambda: len(exchanged(tmp_path)) >= 2)
+    wait_until(lambda: len(exchanged(tmp_path)) >= 2)
     first.kill()
     first.communicate()
     there = {path.name: path.stat().st_ino for path in exchanged(tmp_path)}

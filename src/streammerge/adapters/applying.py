@@ -158,7 +158,7 @@ class _Adapted:
                 if weight is not None:
                     raise MismatchError(
                         f"{adapter.where}: {printable(module.keys[0])} is added to a bias, and {printable(weight.name)} of "
-                        f"{printable(self.base.path)} has none, so no weights hold the sum; train without `lora_bias`, or "
+                        f"{printable(self.base.path)} has none, so no weights hold the sum; train without lora_bias, or "
                         "load base and adapter without merging them"
                     )
             if spot is None:
