@@ -40,7 +40,7 @@ def best(tensor: Tensor, rank: int) -> tuple[numpy.ndarray, float]:
         for shape in SHAPES
     ],
 )
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_a_matrix_has_its_best_approximation(shape: tuple[int, ...], rank: int) -> None:
     tensor = drawn(1, *shape)
     made = factors_of(tensor, rank)

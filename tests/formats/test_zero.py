@@ -18,6 +18,7 @@ PADDINGS = [[3, 0, 2, 1], [0, 5, 0]]
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 11])
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float32])
+@pytest.mark.sampled(2, by="stage half")
 def test_all_tensors_in_float32(tmp_path: Path, stage: int, ranks: int, half: torch.dtype) -> None:
     made = model(half=half)
     folder = write(tmp_path / "run", made, stage, ranks, bf16=half is torch.bfloat16)

@@ -47,7 +47,7 @@ def test_ranks_of_magnitudes_select_from_a_table(shape: tuple[int, ...], dtype: 
         "infinite",
     ],
 )
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_ranks_of_numbers_with_few_bits_and_with_many(n: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few numbers whose lower bits are in the way of the place are put in order by themselves."""
     rows = 9

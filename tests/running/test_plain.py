@@ -322,6 +322,7 @@ print(loaded, result.peak_bytes < 40 << 20, torch.get_num_threads())
 
 
 @pytest.mark.parametrize(("name", "loads"), [("ranks", False), ("columns.pth", True)])
+@pytest.mark.sampled(2)
 def test_torch_never_comes_late_for_copies(name: str, loads: bool, tmp_path: Path) -> None:
     """Rows of several ranks are joined without it. A matrix by columns is gathered by it, so it is loaded first: its memory
     is not the run's, and it has its threads again."""

@@ -576,7 +576,7 @@ def test_many_processes_replace_one_output(pair: list[Path], tmp_path: Path) -> 
     code = f"""
 import sys, streammerge as sm
 ends = set()
-for _ in range(12):
+for _ in range(6):
     try:
         sm.merge({[str(p) for p in pair]!r}, {str(tmp_path / "out")!r}, overwrite=True, weights=[1, int(sys.argv[1])])
         ends.add(0)
