@@ -395,7 +395,7 @@ def della(
     models=(0, None),
     base="required",
     row=fibre_row,
-    buffers=14,
+    buffers=17,
     kept_bits=1,
     batch=_batched(magprune_in, "density", "epsilon", elect=False),
     check=check_density,
