@@ -66,9 +66,10 @@ def shrink() -> None:
 
     spec.GRAIN //= SCALE
     spec.PIECE_ELEMS //= SCALE
-    from streammerge.kernels import chunk, kth_largest, ranking
+    from streammerge.kernels import batch, chunk, kth_largest, ranking
     from streammerge.planning import budget
 
+    batch.MOST_ELEMS //= SCALE
     chunk._SAMPLE_SPAN //= SCALE
     ranking._MOST_COLLECTED *= math.sqrt(SCALE)  # a smaller sample brackets a rank less closely
     ranking._MOST_HELD_BYTES = int(ranking._MOST_HELD_BYTES / math.sqrt(SCALE))

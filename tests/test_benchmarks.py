@@ -104,8 +104,8 @@ def test_a_case_is_run_beside_its_reference(tmp_path: Path) -> None:
     assert ours["ratio_low"] <= ours["ratio"] <= ours["ratio_high"]
     assert ours["output_bytes"] < ours["input_bytes"] < 21e6
     assert 0 < ours["own_seconds"] < ours["seconds"]
-    startup = measure([sys.executable, "-c", "import torch"]).resident  # differs with torch's build and the page cache
-    assert 0.8 * startup < ours["resident_bytes"] < startup + 200 * MIB
+    startup = measure([sys.executable, "-c", "import numpy"]).resident  # a short mean loads no torch
+    assert 0.8 * startup < ours["resident_bytes"] < startup + 100 * MIB
     assert synced["ratio"] > 0
     assert len(said) == 8
     assert not (tmp_path / "run").exists()
