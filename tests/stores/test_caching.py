@@ -73,6 +73,28 @@ def test_what_waits_when_it_is_closed_is_not_read() -> None:
     assert not threads()
 
 
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_where_fewer_threads_are_allowed_less_is_read_and_nothing_fails(
+    allowed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under `ulimit -u`, where Python raises RuntimeError."""
+    start, started = threading.Thread.start, list[threading.Thread]()
+
+    def limited(thread: threading.Thread) -> None:
+        if len(started) == allowed:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    file = File()
+    file.free.set()
+    with closing(CacheReader(4)) as reader:
+        reader.read(file, 0, 7)
+        wait_until(lambda: len(file.noted) == allowed)
+    assert not threads()
+
+
 def test_an_error_of_one_range_ends_no_thread() -> None:
     file = File()
     file.free.set()

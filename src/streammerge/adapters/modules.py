@@ -40,6 +40,8 @@ _ON_INPUT, _MULTIPLE = ".on_input", "ia3 change"
 """LyCORIS' IA3: a weight is a multiple if this stands beside it, and which part it is."""
 _MOST_AXES, _MOST_SIZE = 5, 1 << 31
 METADATA_KEY = "lora_adapter_metadata"
+_OF_PEFT = "base_model.model."
+"""What the names of all tensors begin with that PEFT saves."""
 _DEPTH = re.compile(r"\.base_layer(?=\.|$)")
 _FORMS = {DType.F64: "<d", DType.F32: "<f", DType.BF16: "<f", DType.F16: "<e", DType.I64: "<q", DType.I32: "<i"}
 
@@ -153,9 +155,6 @@ def _with_beside(index: CheckpointIndex, config: Config) -> tuple[CheckpointInde
     container = replace(index.container, files=tuple(files))
     index = replace(index, entries=entries, container=container, files=tuple(files))
     return index, replace(config, saved=(*config.saved, *names)), notes
-
-
-_OF_PEFT = "base_model.model."
 
 
 def adapter_of(index: CheckpointIndex, config: Config | None = None) -> Adapter:

@@ -20,17 +20,19 @@ _MOST_BYTES = 8 << 20
 
 
 class CacheReader:
-    """Reads what it is given, the first range first. ``streams``: how many calls are under way at once."""
+    """Reads what it is given, the first range first. ``streams``: how many calls are under way at once, or fewer where no
+    more threads are allowed."""
 
     def __init__(self, streams: int = _STREAMS) -> None:
         self._ranges: SimpleQueue[tuple[Input, int, int] | None] = SimpleQueue()
         self._closed = False
         self._sink = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-        self._threads = [
-            threading.Thread(target=self._work, name="streammerge-cache-reader", daemon=True) for _ in range(streams)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        with contextlib.suppress(RuntimeError):  # what is not read here is read where it is merged
+            for _ in range(streams):
+                thread = threading.Thread(target=self._work, name="streammerge-cache-reader", daemon=True)
+                thread.start()
+                self._threads.append(thread)
 
     def read(self, file: Input, offset: int, nbytes: int) -> None:
         """Lets a range be read, and does not wait for it."""
