@@ -26,6 +26,7 @@ import torch
 from safetensors import safe_open
 
 from loopback_hub import Hub, running
+from streammerge.compiled import library
 from streammerge.events import TaskDone
 from streammerge.formats.registry import FORMATS
 from streammerge.methods.contracts import METHODS
@@ -221,6 +222,23 @@ def no_names_of_other_tests() -> Iterator[None]:
     yield
     for each, own, replacing in before:
         each._own, each._replacing = own, replacing
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a test as where the package was built without a C compiler."""
+    monkeypatch.setattr(library, "_loaded", lambda: None)
+    monkeypatch.setenv("STREAMMERGE_COMPILED", "0")  # for processes that are started anew
+
+
+@pytest.fixture(params=["compiled", "uncompiled"])
+def compiled_or_not(request: pytest.FixtureRequest) -> bool:
+    """Runs a test with compiled functions and without. Skips the first where the package was built without them."""
+    if request.param == "uncompiled":
+        request.getfixturevalue("uncompiled")
+    elif library.library() is None:
+        pytest.skip("the package was built without a C compiler")
+    return request.param == "compiled"
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ SOURCE = Path(sm.__file__).parent
 
 ROOMS = (
     "errors", "events", "units", "version", "strict_json", "plugins", "notebook",  # words
-    "stores", "options", "tensors", "kernels", "methods", "sources", "pickles", "formats", "recipe", "checkpoints",
-    "quantised", "adapters", "planning", "running", "factoring", "requests", "sweeps",
+    "stores", "options", "tensors", "compiled", "kernels", "methods", "sources", "pickles", "formats", "recipe",
+    "checkpoints", "quantised", "adapters", "planning", "running", "factoring", "requests", "sweeps",
     "verifying", "diffing", "reporting", "progress", "signatures", "api", "cli", "__init__", "__main__",
 )  # fmt: skip
 """Rooms from the bottom up. A room imports only from rooms before it."""
@@ -110,6 +110,8 @@ def test_these_names_are_public_and_each_is_described() -> None:
 
 
 OPENS_FILES = {
+    "compiled.build": "the compiled functions, when the package is built",
+    "compiled.library": "the compiled functions, which lie beside it",
     "running.process": "memory of this process, which Linux tells in /proc",
     "tensors.instructions": "the kind of the processor, which Linux tells in /proc",
     "cli.streams": "the standard streams, where a daemon has closed them",

@@ -12,6 +12,8 @@ import torch
 from streammerge.kernels.random import chosen, chosen_of_each, limits, uniform
 from streammerge.tensors.spec import GRAIN
 
+pytestmark = pytest.mark.usefixtures("compiled_or_not")
+
 Tensor = torch.Tensor
 
 

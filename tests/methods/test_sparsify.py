@@ -12,6 +12,8 @@ from streammerge.kernels.group import TensorGroup
 from streammerge.methods import sparsify
 from streammerge.tensors.spec import GRAIN
 
+pytestmark = pytest.mark.usefixtures("compiled_or_not")
+
 Tensor = torch.Tensor
 
 

@@ -38,6 +38,7 @@ def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         (slice(2), {"out_dtype": "float8_e4m3fn"}, False),
     ],
 )
+@pytest.mark.usefixtures("uncompiled")
 def test_sums_of_a_few_models_need_none(paths: list[Path], inputs: slice, options: dict[str, Any], wanted: bool) -> None:
     plan = sm.plan(paths[inputs], paths[0].parent / "out.safetensors", **options)
     assert plan.torch_needed
@@ -59,6 +60,16 @@ def test_a_program_that_has_loaded_it_uses_it(paths: list[Path], monkeypatch: py
     assert not needs_no_torch(plan.tasks)
 
 
+def test_compiled_sums_of_many_models_and_numbers_need_none(
+    paths: list[Path], compiled_or_not: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plain, "_MOST_SECONDS", 0.0)
+    assert needs_no_torch(sm.plan(paths[:7], paths[0].parent / "out.safetensors").tasks) is compiled_or_not
+    options: dict[str, Any] = {"method": "slerp", "parameters": {"t": 0.5}}
+    assert not needs_no_torch(sm.plan(paths[:2], paths[0].parent / "out.safetensors", **options).tasks)
+
+
+@pytest.mark.usefixtures("uncompiled")
 def test_where_numpy_takes_longer_than_the_loading_torch_is_loaded(
     paths: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,8 @@ import streammerge as sm
 from streammerge.planning.budget import regions
 from streammerge.planning.summed import LEAST, is_summed, sizes, summed_bytes
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 
 @pytest.fixture
 def paths(tmp_path: Path) -> list[Path]:

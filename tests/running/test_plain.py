@@ -31,6 +31,7 @@ from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import TensorSpec
 
 __all__ = ["bench"]
+pytestmark = pytest.mark.usefixtures("compiled_or_not")
 FLOATS = [DType.F64, DType.F32, DType.BF16, DType.F16]
 N = 20_001
 
@@ -43,6 +44,9 @@ class Held:
 
     def raw(self, source: int, start: int, stop: int) -> memoryview:
         return memoryview(self.models[source][start:stop].view(torch.uint8).numpy()).cast("B")
+
+    def stays(self, source: int) -> bool:
+        return True
 
 
 def task_of(method: Any, models: list[torch.Tensor], out: DType, **parameters: Any) -> MergeTask:

@@ -19,6 +19,8 @@ from streammerge.running import summing
 from streammerge.running.summing import Summing
 from streammerge.tensors.dtypes import DType
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 DTYPES = {"bf16": DType.BF16, "fp16": DType.F16, "fp32": DType.F32}
 
 

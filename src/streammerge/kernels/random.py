@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from streammerge.compiled.library import address, library
 from streammerge.tensors.spec import GRAIN, ranges
 
 if TYPE_CHECKING:
@@ -74,6 +75,13 @@ def chosen(
     found = flags.numpy()
     if limit < 0:
         return np.zeros(-(-len(found) // 8), np.uint8)
+    if (compiled := library()) is not None and not start % 8:
+        bits = np.empty(-(-len(found) // 8), np.uint8)
+        for a, b, first, keys in _grains(seed, name, model, start, len(found)):
+            of_grain = None if each is None else address(each[a:b])
+            into = address(bits[a // 8 :])
+            compiled.streammerge_choose_bits(first, *map(_mixed, keys), _mixes(limit), limit, of_grain, into, b - a)
+        return bits
     made, spare, mixes = _words(words), _words(scratch), _mixes(limit)
     for a, b, first, keys in _grains(seed, name, model, start, len(found)):
         hashed = made[: b - a]  # always the same memory, which stays in the CPU's cache
@@ -101,6 +109,11 @@ def chosen_of_each(
     floats, n = out.numpy().reshape(words.shape), words.shape[1]
     pairs = [_grains(seed, name, model, 0, n)[0][3] for name in names]
     both = tuple(np.array(of, np.uint32).reshape(-1, 1) for of in zip(*pairs, strict=True))
+    if (compiled := library()) is not None:
+        one, two = map(_mixed, both)
+        of_all, into = None if each is None else address(each), address(floats)
+        compiled.streammerge_choose_rows(len(names), address(one), address(two), _mixes(limit), limit, of_all, into, n)
+        return out
     for a, b in ranges(len(names), max(_HASHED_ELEMS // n, 1)):
         flags = spare[a:b].reshape(-1).view("?")[: (b - a) * n].reshape(b - a, n)
         _hash(0, (both[0][a:b], both[1][a:b]), words[a:b], spare[a:b], _mixes(limit))
@@ -147,16 +160,21 @@ def _hash(first: int, keys: tuple[int, int] | tuple[Words, Words], words: Words,
 
     multiply, shift, xor = np.multiply, np.right_shift, np.bitwise_xor
     thirteen, one, two = _word(13), _word(0x85EBCA6B), _word(0xC2B2AE35)
-    xor(_counters()[first : first + words.shape[-1]], np.asarray(keys[0] ^ keys[0] >> 16, np.uint32), words)
+    xor(_counters()[first : first + words.shape[-1]], np.asarray(_mixed(keys[0]), np.uint32), words)
     multiply(words, one, words)
     xor(words, shift(words, thirteen, spare), words)
     multiply(words, two, words)
-    xor(words, np.asarray(keys[1] ^ keys[1] >> 16, np.uint32), words)
+    xor(words, np.asarray(_mixed(keys[1]), np.uint32), words)
     multiply(words, one, words)
     xor(words, shift(words, thirteen, spare), words)
     multiply(words, two, words)
     if last:
         xor(words, shift(words, _word(16), spare), words)
+
+
+def _mixed(key: Any) -> Any:
+    """Returns a key, or those of several rows, after the first step of a pass."""
+    return key ^ key >> 16
 
 
 @lru_cache(maxsize=1)

@@ -31,8 +31,14 @@ class Combination:
             add_scaled(total, chunk.load(model), w)
         if self.of_base:
             add_scaled(total, chunk.base, self.of_base)
+        number, divides = self.quotient
+        return total.div_(number) if divides else scaled(total, number)
+
+    @property
+    def quotient(self) -> tuple[float, bool]:
+        """What the sum is multiplied by, or divided by if that says so."""
         factor = exact_reciprocal(self.divisor)
-        return total.div_(self.divisor) if factor is None else scaled(total, factor)
+        return (self.divisor, True) if factor is None else (factor, False)
 
     def bound(self, magnitudes: Sequence[float]) -> float:
         """Returns what no magnitude of a result exceeds by more than rounding, from such numbers of the models, and of the
@@ -57,12 +63,10 @@ class Combinations:
         self._others = [Multiples(weights, compute) for weights in others]
         self._divisors: torch.Tensor | None = None
         self._factors: torch.Tensor | None = None
-        divisors = [each.divisor for each in kernels]
-        factors = [factor for factor in map(exact_reciprocal, divisors) if factor is not None]
-        if len(factors) < len(divisors):
-            self._divisors = torch.tensor(divisors, dtype=compute).unsqueeze(1)
-        elif divisors[0] != 1:
-            self._factors = torch.tensor(factors, dtype=compute).unsqueeze(1)
+        if any(divides for _, divides in (each.quotient for each in kernels)):
+            self._divisors = torch.tensor([each.divisor for each in kernels], dtype=compute).unsqueeze(1)
+        elif kernels[0].divisor != 1:
+            self._factors = torch.tensor([each.quotient[0] for each in kernels], dtype=compute).unsqueeze(1)
 
     def __call__(self, values: Sequence[torch.Tensor], totals: torch.Tensor, rows: list[torch.Tensor]) -> None:
         """Makes the result of each kernel, a row of ``totals``. ``values``: of the models, then of a base with a weight, in

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
+from streammerge.compiled.library import address, library
 from streammerge.errors import RecipeError
 from streammerge.kernels.chunk import Chunk
 from streammerge.kernels.group import TensorGroup
@@ -165,6 +166,10 @@ def _multiply(delta: torch.Tensor, bits: Bits, table: Any, room: torch.Tensor) -
     """Multiplies numbers by what their bits stand for in the table. ``room`` has the size of the numbers."""
     import numpy as np
 
+    if (compiled := library()) is not None:
+        multiply = compiled.streammerge_mask_f64 if delta.itemsize == 8 else compiled.streammerge_mask_f32
+        multiply(delta.data_ptr(), address(bits), address(table), len(delta))
+        return
     for start, stop in ranges(len(delta), _MULTIPLIED_ELEMS):
         elems = stop - start
         factors = room[:elems]  # always the same memory, which stays in the CPU's cache

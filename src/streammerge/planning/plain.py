@@ -1,8 +1,8 @@
-"""Weighted sums that numpy makes too, to the bit, so that a merge of a few models need not load torch.
+"""Weighted sums that are made without torch too, to the bit, so that a merge need not load it.
 
 Loading torch takes longer than merging a gigabyte, and 200 MiB. A sum is made of products, sums and quotients in float64,
-which are the same everywhere, and is rounded once. torch computes those of 16-bit numbers faster, but its loading takes one
-CPU and no other.
+which are the same everywhere, and is rounded once. Compiled functions always make them faster than torch. Where the package
+has none, numpy does: torch computes those of 16-bit numbers faster then, but its loading takes one CPU and no other.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from streammerge.compiled.library import library
 from streammerge.methods.registry import COPY, INTEGERS
 from streammerge.planning.summed import is_summed
 from streammerge.planning.tasks import MergeTask, alike
@@ -24,7 +25,7 @@ _MOST_SECONDS = 1.0
 
 
 def needs_no_torch(tasks: Sequence[MergeTask]) -> bool:
-    """Whether numpy makes all of these tasks, and in less time than torch with its loading.
+    """Whether all of these tasks are made without torch, and in less time than with torch and its loading.
 
     Not if torch is loaded already.
     """
@@ -36,6 +37,8 @@ def needs_no_torch(tasks: Sequence[MergeTask]) -> bool:
             continue
         if not _is_summed(task):
             return False
+        if library() is not None:
+            continue
         dtypes = [task.out.dtype, *(source.spec.dtype for source in task.sources)]
         seconds += count * task.elems * sum(_SLOWER[dtype] for dtype in dtypes)
     return seconds < _MOST_SECONDS and _there_is_numpy()
@@ -57,7 +60,7 @@ def _is_settled(task: MergeTask) -> bool:
 
 
 def _is_summed(task: MergeTask) -> bool:
-    """Whether a task is a weighted sum of a few models in dtypes that numpy computes with, or converts one."""
+    """Whether a task is a weighted sum of models in dtypes that numpy computes with, or converts one."""
     if not (task.method is COPY or (task.method.sums and task.compute == "float64" and not is_summed(task))):
         return False
     if task.based or task.out.dtype not in _SLOWER or any(source.spec.dtype not in _SLOWER for source in task.sources):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from streammerge.compiled.library import library
 from streammerge.planning.tasks import MergeTask
 from streammerge.tensors.dtypes import DType
 
@@ -20,9 +21,9 @@ _STEP = 64
 
 def is_summed(task: MergeTask) -> bool:
     """Whether so many models of 16-bit numbers are summed that products are faster. They are not with numbers of 32 bits,
-    which take as long to read into memory as products save."""
+    which take as long to read into memory as products save. Compiled functions are faster than both."""
     sources = task.sources
-    if not task.method.sums or len(sources) < LEAST or task.compute != "float64":
+    if library() is not None or not task.method.sums or len(sources) < LEAST or task.compute != "float64":
         return False
     first = sources[0].spec.dtype
     return first in _NARROW and task.out.dtype in _OUT and all(source.spec.dtype == first for source in sources)

@@ -18,7 +18,8 @@ Each module imports only modules above it::
     copying    tensors whose bytes are copied
     computing  tensors by the kernel of their method
     summing    weighted sums of many models, as products
-    plain      weighted sums by numpy
+    compiled   weighted sums by compiled functions
+    plain      weighted sums without torch
     tiles      weighted sums of several outputs, from numbers that are converted once
     worker     units of a merge, from inputs to written bytes
     sweeping   steps of a pass over a long tensor

@@ -1,4 +1,6 @@
-"""Weighted sums, conversions and integers by numpy, with the bytes that the method's kernel makes with torch.
+"""Weighted sums, conversions and integers without torch, with the bytes that the method's kernel makes with torch.
+
+Sums are made by compiled functions where the package has them, else by numpy.
 
 The numbers of the kernel are made in the same order: each product in float64 is rounded, then each sum, then the quotient,
 and the result is rounded to float32, and from there to a shorter dtype. Infinities that all inputs have, such as those of
@@ -8,15 +10,15 @@ attention masks, stay in the result, as they do in every merge (:mod:`streammerg
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from streammerge.kernels.adding import exact_reciprocal
 from streammerge.kernels.agreed import AGREED
 from streammerge.kernels.chunk import chunk_spans
 from streammerge.kernels.group import TensorGroup
 from streammerge.methods.linear import Combination, combination
 from streammerge.methods.registry import COPY, INTEGERS
 from streammerge.planning.tasks import MergeTask
+from streammerge.running.compiled import Octets, Sums, sums_of
 from streammerge.running.workspace import load_torch
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import GRAIN, ranges
@@ -46,12 +48,6 @@ _WHOLE = {
 """Dtypes whose largest numbers numpy finds."""
 
 
-class Octets(Protocol):
-    """The bytes of a task's sources, as :class:`~streammerge.running.workspace.Inputs` has them."""
-
-    def raw(self, source: int, start: int, stop: int, /) -> memoryview: ...
-
-
 def _combination_of(task: MergeTask) -> Combination:
     """Returns the kernel of a weighted sum. It depends on no tensor, and not on torch. A conversion is such a sum too."""
     if task.method is COPY:
@@ -75,6 +71,8 @@ class PlainNumbers:
 
         self._task: MergeTask | None = None
         self._kernel = combination((1.0,))
+        self._compiled: Sums | None = None
+        self._memory = memory
         self._totals = np.frombuffer(memory, np.float64) if memory else np.empty(0)
         self._term, self._single, self._words = np.empty(_ELEMS), np.empty(_ELEMS, np.float32), np.empty(_ELEMS, np.uint32)
 
@@ -87,7 +85,11 @@ class PlainNumbers:
             return 0 if _settle(task, source, start, stop, into) else None
         if self._task is not task:
             self._task, self._kernel = task, _combination_of(task)
-        if self._sum(task, self._kernel, source, start, stop, into):
+            self._compiled = sums_of(task, self._kernel, self._memory)
+        if self._compiled is not None:
+            if self._compiled.put(source, start, stop, into):
+                return 0
+        elif self._sum(task, self._kernel, source, start, stop, into):
             return 0
         up, down = _agreed(task, source, start, stop)
         either = up | down
@@ -112,7 +114,7 @@ class PlainNumbers:
 
         elems, finite = stop - start, True
         last, totals = len(kernel.weights) - 1, self._totals[: stop - start]
-        factor, made = exact_reciprocal(kernel.divisor), np.frombuffer(into, _WORDS[task.out.dtype])
+        (quotient, divides), made = kernel.quotient, np.frombuffer(into, _WORDS[task.out.dtype])
         with np.errstate(all="ignore"):
             for number, weight in enumerate(kernel.weights):
                 dtype = task.sources[number].spec.dtype
@@ -129,10 +131,10 @@ class PlainNumbers:
                         np.add(total, term, out=total)
                     if number < last:
                         continue
-                    if factor is None:
-                        np.divide(total, kernel.divisor, out=total)
-                    elif factor != 1:
-                        np.multiply(total, factor, out=total)
+                    if divides:
+                        np.divide(total, quotient, out=total)
+                    elif quotient != 1:
+                        np.multiply(total, quotient, out=total)
                     finite &= self._round(total, made[a:b], task.out.dtype)
         return finite
 

@@ -1,7 +1,8 @@
 """Weighted sums of several outputs in tiles: inputs are converted once, and outputs are summed from the CPU's own cache.
 
-The operations on a number, and their order, are those of each output's kernel, so the results are the same to the bit. One
-call works on several outputs, since for tiles that a core's own cache holds, calling torch costs as much as computing.
+The operations on a number, and their order, are those of each output's kernel, so the results are the same to the bit.
+Compiled functions make them where the package has these. Else one call of torch works on several outputs, since for tiles
+that a core's own cache holds, calling torch costs as much as computing.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from streammerge.kernels.chunk import Chunk, Slot
 from streammerge.methods.linear import Combination, Combinations
+from streammerge.tensors.dtypes import BY_TORCH_NAME, DType
 from streammerge.tensors.spec import ranges
 
 if TYPE_CHECKING:
@@ -68,7 +70,50 @@ class Tiles:
         each whether all its numbers are certainly finite."""
         import torch
 
-        groups = [(sources, numbers, _joined(kernels, numbers, compute)) for sources, numbers in self._groups(kernels)]
+        made = self._compiled_sums(start, stop, read, kernels, outs) if compute == torch.float64 else None
+        return self._sums(start, stop, compute, read, kernels, outs) if made is None else made
+
+    def _compiled_sums(
+        self,
+        start: int,
+        stop: int,
+        read: Callable[[int, int, int], torch.Tensor],
+        kernels: Sequence[Summed],
+        outs: Sequence[torch.Tensor],
+    ) -> list[bool] | None:
+        """Does the same by compiled functions, in float64. Returns None if they do not know a dtype, and where a number is
+        not finite, whose bits are torch's."""
+        import numpy as np
+
+        from streammerge.compiled.sums import MOST_SOURCES, TILES_ELEMS, CompiledSums, can_sum
+
+        memory = np.frombuffer(self._memory, np.float64, TILES_ELEMS)
+        for sources, numbers in self._groups(kernels, len(kernels)):
+            held, own = [read(source, start, stop) for source in sources], [outs[number] for number in numbers]
+            dtypes, out_dtypes = [_dtype_of(each) for each in held], [_dtype_of(each) for each in own]
+            if len(held) > MOST_SOURCES or not can_sum([*dtypes, *out_dtypes]):
+                return None
+            chosen = [kernels[number][0] for number in numbers]
+            weights = [(*each.weights, each.of_base) if each.of_base else each.weights for each in chosen]
+            sums = CompiledSums(weights, [each.quotient for each in chosen], dtypes, out_dtypes, memory)
+            if not all(sums.put([each.data_ptr() for each in held], [each.data_ptr() for each in own], stop - start)):
+                return None
+        return [True] * len(outs)
+
+    def _sums(
+        self,
+        start: int,
+        stop: int,
+        compute: torch.dtype,
+        read: Callable[[int, int, int], torch.Tensor],
+        kernels: Sequence[Summed],
+        outs: Sequence[torch.Tensor],
+    ) -> list[bool]:
+        import torch
+
+        groups = [
+            (sources, numbers, _joined(kernels, numbers, compute)) for sources, numbers in self._groups(kernels, _AT_ONCE)
+        ]
         parts = [torch.split(out, self._elems) for out in outs]
         wanted = sorted({source for sources, _, _ in groups for source in sources})
         magnitudes: dict[int, list[float]] = {source: [] for source in wanted}
@@ -94,17 +139,22 @@ class Tiles:
                 finite[number] = bound < _limit(outs[number].dtype)
         return finite
 
-    def _groups(self, kernels: Sequence[Summed]) -> list[tuple[tuple[int, ...], list[int]]]:
-        """Returns the numbers of outputs that are made at once, with the sources that they sum, in their order."""
+    def _groups(self, kernels: Sequence[Summed], most: int) -> list[tuple[tuple[int, ...], list[int]]]:
+        """Returns the numbers of up to ``most`` outputs that are made at once, with the sources that they sum, in their
+        order."""
         alike: dict[tuple[tuple[int, ...], bool, bool], list[int]] = {}
         for number, (kernel, models, base) in enumerate(kernels):
             sources = tuple(models) if base is None else (*models, base)
             alike.setdefault((sources, base is None, kernel.divisor == 1), []).append(number)
         return [
-            (sources, numbers[begin : begin + _AT_ONCE])
+            (sources, numbers[begin : begin + most])
             for (sources, _, _), numbers in alike.items()
-            for begin in range(0, len(numbers), _AT_ONCE)
+            for begin in range(0, len(numbers), most)
         ]
+
+
+def _dtype_of(values: torch.Tensor) -> DType:
+    return BY_TORCH_NAME[str(values.dtype).removeprefix("torch.")]
 
 
 def _joined(kernels: Sequence[Summed], numbers: Sequence[int], compute: torch.dtype) -> Combinations:

@@ -285,14 +285,19 @@ class MergeWorker(Worker):
     def _by_kernel(
         self, kernel: Kernel, piece: Piece, source: Inputs, row: int, stretch: Sequence[Piece] | None = None
     ) -> Maker:
-        """Returns the maker of a kernel, or of its sums by products."""
-        task, chunk_elems = piece.task, self.job.budget.chunk_elems
+        """Returns the maker of a kernel, or of its sums by compiled functions or by products."""
+        task, chunk_elems, taking = piece.task, self.job.budget.chunk_elems, None
         if self._measuring is not None and task.out.dtype.kind == "float":
             taking = self._measuring.begin(row, stretch or [piece], source)
-            return KernelMaker(kernel, task, source, self.workspace, chunk_elems, taking)
-        maker = KernelMaker(kernel, task, source, self.workspace, chunk_elems)
+        maker = KernelMaker(kernel, task, source, self.workspace, chunk_elems, taking)
+        if task.compute == "float64" and (taking is None or all(map(source.stays, range(len(source))))):
+            from streammerge.running.compiled import CompiledMaker, sums_of  # here, because many methods make no sums
+
+            sums = sums_of(task, kernel, self.workspace.octets("slots"))
+            if sums is not None:
+                return CompiledMaker(sums, maker, source, taking)
         memory = self.workspace.octets("summed")
-        if not memory or not is_summed(task):
+        if taking is not None or not memory or not is_summed(task):
             return maker
         from streammerge.running.summing import by_products  # here, because most merges are of few models
 

@@ -282,8 +282,8 @@ class Inputs:
         return self._stored[source] is not None
 
     def stays(self, source: int) -> bool:
-        """Whether what is read of a source is mapped, and so stays valid."""
-        return self._mapped and self._stored[source] is not None
+        """Whether what is read of a source is mapped or kept, and so stays valid."""
+        return (self._mapped and self._stored[source] is not None) or self._kept is not None
 
     def dtype(self, source: int) -> DType:
         """Returns the dtype of a source's numbers."""
@@ -334,8 +334,12 @@ class Inputs:
         start, stop, size = start + self.first, stop + self.first, self._dtypes[source].element_bytes
         stored = self._stored[source] if self._mapped else None
         if stored is not None:
-            self._workspace.asked_bytes += (stop - start) * size
+            begin, end = self._looked[source]
+            if not begin <= start <= stop <= end:
+                self._look(source, start, stop)
             return stored[0].view(stored[1] + start * size, (stop - start) * size)
+        if self._kept is not None:
+            return self._workspace.octets("kept", (stop - start) * size, self._kept[source] + start * size)
         region = _REGIONS[self._next_read]
         self._next_read ^= 1
         return self._read_bytes(source, start, stop, self._workspace.octets(region, (stop - start) * size))

@@ -1,0 +1,297 @@
+/* Arithmetic on long rows of numbers: what numpy and torch do in several operations, in one way through the memory.
+
+   Every function makes the bits of the operations that it stands for. So products are rounded before they are added:
+   compile with -ffp-contract=off. Nothing here allocates, keeps state, or reads outside what its arguments say. */
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define VERSION 1 /* as in library.py: another number, and the library is not used */
+
+/* One copy of a function for each set of vector instructions; the loader of the system chooses. */
+#ifdef STREAMMERGE_CLONES
+#define CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
+#else
+#define CLONES
+#endif
+
+enum { F64, F32, BF16, F16 };
+
+/* Numbers in files may lie at any address, and are bytes there. */
+#define LOOSE __attribute__((aligned(1), may_alias))
+typedef double LOOSE loose_double;
+typedef float LOOSE loose_float;
+typedef uint16_t LOOSE loose_half;
+
+static const int64_t SIZES[] = {8, 4, 2, 2};
+
+int32_t streammerge_version(void) { return VERSION; }
+
+static inline float as_float(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline uint32_t as_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+/* ---- numbers into float64 ---- */
+
+CLONES static void load_f32(const loose_float *restrict in, double *restrict out, int64_t elems) {
+    for (int64_t i = 0; i < elems; i++) out[i] = in[i];
+}
+
+CLONES static void load_bf16(const loose_half *restrict in, double *restrict out, int64_t elems) {
+    for (int64_t i = 0; i < elems; i++) out[i] = as_float((uint32_t)in[i] << 16);
+}
+
+/* A half's exponent is 112 less than a float's. A subnormal half is an integer times 2^-24. */
+CLONES static void load_f16(const loose_half *restrict in, double *restrict out, int64_t elems) {
+    for (int64_t i = 0; i < elems; i++) {
+        uint32_t magnitude = in[i] & 0x7fff, sign = (uint32_t)(in[i] & 0x8000) << 16;
+        uint32_t normal = (magnitude << 13) + (112u << 23);
+        uint32_t infinite = normal + (112u << 23);
+        uint32_t subnormal = as_bits((float)(int32_t)magnitude * 0x1p-24f);
+        uint32_t bits = magnitude < 0x400 ? subnormal : magnitude < 0x7c00 ? normal : infinite;
+        out[i] = as_float(bits | sign);
+    }
+}
+
+static void load(const void *in, int32_t dtype, int64_t begin, int64_t elems, double *out) {
+    const char *from = (const char *)in + begin * SIZES[dtype];
+    switch (dtype) {
+    case F64: memcpy(out, from, (size_t)elems * sizeof(double)); break;
+    case F32: load_f32((const loose_float *)from, out, elems); break;
+    case BF16: load_bf16((const loose_half *)from, out, elems); break;
+    default: load_f16((const loose_half *)from, out, elems);
+    }
+}
+
+/* ---- float64 into numbers, to the nearest, to the even one of two. Each returns whether one is not finite. ---- */
+
+CLONES static int store_f64(const double *restrict in, loose_double *restrict out, int64_t elems) {
+    uint64_t most = 0;
+    for (int64_t i = 0; i < elems; i++) {
+        uint64_t bits;
+        memcpy(&bits, in + i, sizeof bits);
+        bits &= (uint64_t)0x7fffffff << 32; /* the upper half says it */
+        most = bits > most ? bits : most;
+        out[i] = in[i];
+    }
+    return most >= (uint64_t)0x7ff00000 << 32;
+}
+
+CLONES static int store_f32(const double *restrict in, loose_float *restrict out, int64_t elems) {
+    uint32_t most = 0;
+    for (int64_t i = 0; i < elems; i++) {
+        float value = (float)in[i];
+        uint32_t magnitude = as_bits(value) & 0x7fffffff;
+        most = magnitude > most ? magnitude : most;
+        out[i] = value;
+    }
+    return most >= 0x7f800000;
+}
+
+CLONES static int store_bf16(const double *restrict in, loose_half *restrict out, int64_t elems) {
+    uint32_t most = 0;
+    for (int64_t i = 0; i < elems; i++) {
+        uint32_t bits = as_bits((float)in[i]), magnitude = bits & 0x7fffffff;
+        most = magnitude > most ? magnitude : most;
+        out[i] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    }
+    return most >= 0x7f7f8000; /* the least float that is rounded to infinity */
+}
+
+/* Adding half to a float whose last bit is worth 2^-24 rounds to a subnormal half. */
+CLONES static int store_f16(const double *restrict in, loose_half *restrict out, int64_t elems) {
+    uint32_t most = 0;
+    for (int64_t i = 0; i < elems; i++) {
+        uint32_t bits = as_bits((float)in[i]), magnitude = bits & 0x7fffffff, sign = bits >> 16 & 0x8000;
+        uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - (126u << 23);
+        uint32_t normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+        uint32_t made = magnitude < 113u << 23 ? subnormal : normal;
+        most = magnitude > most ? magnitude : most;
+        out[i] = (uint16_t)(made | sign);
+    }
+    return most >= 0x477ff000; /* 65520, the least number that is rounded to infinity */
+}
+
+static int store(const double *in, void *out, int32_t dtype, int64_t begin, int64_t elems) {
+    char *into = (char *)out + begin * SIZES[dtype];
+    switch (dtype) {
+    case F64: return store_f64(in, (loose_double *)into, elems);
+    case F32: return store_f32(in, (loose_float *)into, elems);
+    case BF16: return store_bf16(in, (loose_half *)into, elems);
+    default: return store_f16(in, (loose_half *)into, elems);
+    }
+}
+
+/* ---- weighted sums ---- */
+
+CLONES static void begin_1(double *restrict t, const double *restrict a, const double *w, int64_t elems) {
+    double u = w[0];
+    for (int64_t i = 0; i < elems; i++) t[i] = a[i] * u;
+}
+
+CLONES static void begin_2(
+    double *restrict t, const double *restrict a, const double *restrict b, const double *w, int64_t elems) {
+    double u = w[0], v = w[1];
+    for (int64_t i = 0; i < elems; i++) t[i] = a[i] * u + b[i] * v;
+}
+
+CLONES static void add_1(double *restrict t, const double *restrict a, const double *w, int64_t elems) {
+    double u = w[0];
+    for (int64_t i = 0; i < elems; i++) t[i] += a[i] * u;
+}
+
+CLONES static void add_2(
+    double *restrict t, const double *restrict a, const double *restrict b, const double *w, int64_t elems) {
+    double u = w[0], v = w[1];
+    for (int64_t i = 0; i < elems; i++) t[i] = t[i] + a[i] * u + b[i] * v;
+}
+
+CLONES static void multiply(double *restrict t, double factor, int64_t elems) {
+    for (int64_t i = 0; i < elems; i++) t[i] *= factor;
+}
+
+CLONES static void divide(double *restrict t, double divisor, int64_t elems) {
+    for (int64_t i = 0; i < elems; i++) t[i] /= divisor;
+}
+
+/* Writes several weighted sums of the same rows of numbers, each divided by a number.
+
+   weights: outputs x sources. divides: 1 if factors are divisors, 0 if they are multiplied by. tiles: memory for
+   (sources + 1) * tile numbers. totals: NULL, or the sums so far of one output, which are added to if continues, and are
+   the result if out is NULL. nonfinite: set to 1 for each output that has a number which is not finite, else to 0. */
+void streammerge_sums(
+    int64_t elems, int32_t sources, const void *const *in, const int32_t *in_dtypes, int32_t outputs,
+    const double *weights, const double *factors, const uint8_t *divides, void *const *out, const int32_t *out_dtypes,
+    double *tiles, int64_t tile, double *totals, int32_t continues, uint8_t *nonfinite) {
+    for (int32_t j = 0; out && j < outputs; j++) nonfinite[j] = 0;
+    for (int64_t begin = 0; begin < elems; begin += tile) {
+        int64_t n = elems - begin < tile ? elems - begin : tile;
+        for (int32_t i = 0; i < sources; i++) load(in[i], in_dtypes[i], begin, n, tiles + i * tile);
+        for (int32_t j = 0; j < outputs; j++) {
+            const double *w = weights + (int64_t)j * sources;
+            double *t = totals ? totals + begin : tiles + sources * tile;
+            int32_t i = 0;
+            if (!continues && sources >= 2) {
+                begin_2(t, tiles, tiles + tile, w, n);
+                i = 2;
+            } else if (!continues) {
+                begin_1(t, tiles, w, n);
+                i = 1;
+            }
+            for (; i + 1 < sources; i += 2) add_2(t, tiles + i * tile, tiles + (i + 1) * tile, w + i, n);
+            if (i < sources) add_1(t, tiles + i * tile, w + i, n);
+            if (!out) continue;
+            if (divides[j]) divide(t, factors[j], n);
+            else if (factors[j] != 1) multiply(t, factors[j], n);
+            nonfinite[j] |= (uint8_t)store(t, out[j], out_dtypes[j], begin, n);
+        }
+    }
+}
+
+/* ---- random masks ---- */
+
+/* Writes the hashes of counters from first (kernels/random.py): two passes of MurmurHash3's finalizer, of which the last
+   step is left out unless last. */
+CLONES static void hash(uint32_t first, uint32_t one, uint32_t two, int32_t last, uint32_t *restrict out, int64_t elems) {
+    uint32_t mask = last ? ~0u : 0;
+    for (int64_t i = 0; i < elems; i++) {
+        uint32_t word = (first + (uint32_t)i) ^ one;
+        word *= 0x85ebca6b;
+        word ^= word >> 13;
+        word *= 0xc2b2ae35;
+        word ^= two;
+        word *= 0x85ebca6b;
+        word ^= word >> 13;
+        word *= 0xc2b2ae35;
+        out[i] = word ^ (word >> 16 & mask);
+    }
+}
+
+CLONES static void below(const uint32_t *restrict words, uint32_t limit, uint8_t *restrict out, int64_t elems) {
+    for (int64_t i = 0; i < elems; i++) out[i] = words[i] <= limit;
+}
+
+CLONES static void below_each(
+    const uint32_t *restrict words, const uint32_t *restrict limits, uint8_t *restrict out, int64_t elems) {
+    for (int64_t i = 0; i < elems; i++) out[i] = words[i] <= limits[i];
+}
+
+/* A part of a grain that is hashed at once, a multiple of 8. */
+#define HASHED 1024
+
+/* Writes 1 where the hash of a counter is at most its limit, else 0. limits: one for each, or NULL if all have limit. */
+static void choose(
+    uint32_t first, uint32_t one, uint32_t two, int32_t last, uint32_t limit, const uint32_t *limits, uint8_t *out,
+    int64_t elems) {
+    uint32_t words[HASHED];
+    for (int64_t begin = 0; begin < elems; begin += HASHED) {
+        int64_t n = elems - begin < HASHED ? elems - begin : HASHED;
+        hash(first + (uint32_t)begin, one, two, last, words, n);
+        if (limits) below_each(words, limits + begin, out + begin, n);
+        else below(words, limit, out + begin, n);
+    }
+}
+
+/* As choose, a bit for each element, the first of 8 in the highest bit of a byte. */
+void streammerge_choose_bits(
+    uint32_t first, uint32_t one, uint32_t two, int32_t last, uint32_t limit, const uint32_t *limits, uint8_t *bits,
+    int64_t elems) {
+    uint8_t flags[HASHED];
+    for (int64_t begin = 0; begin < elems; begin += HASHED) {
+        int64_t n = elems - begin < HASHED ? elems - begin : HASHED;
+        memset(flags, 0, sizeof flags);
+        choose(first + (uint32_t)begin, one, two, last, limit, limits ? limits + begin : limits, flags, n);
+        uint8_t *into = bits + begin / 8;
+        for (int64_t i = 0; i < (n + 7) / 8; i++) {
+            const uint8_t *f = flags + 8 * i;
+            into[i] = (uint8_t)(f[0] << 7 | f[1] << 6 | f[2] << 5 | f[3] << 4 | f[4] << 3 | f[5] << 2 | f[6] << 1 | f[7]);
+        }
+    }
+}
+
+CLONES static void to_floats(const uint8_t *restrict flags, float *restrict out, int64_t elems) {
+    for (int64_t i = 0; i < elems; i++) out[i] = flags[i];
+}
+
+/* As choose, a float for each element of several rows, each with keys of its own. */
+void streammerge_choose_rows(
+    int64_t rows, const uint32_t *one, const uint32_t *two, int32_t last, uint32_t limit, const uint32_t *limits,
+    float *out, int64_t elems) {
+    uint8_t flags[HASHED];
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t begin = 0; begin < elems; begin += HASHED) {
+            int64_t n = elems - begin < HASHED ? elems - begin : HASHED, at = row * elems + begin;
+            choose((uint32_t)begin, one[row], two[row], last, limit, limits ? limits + at : limits, flags, n);
+            to_floats(flags, out + at, n);
+        }
+}
+
+/* Multiplies numbers by what their bits stand for: table has 8 numbers for each value of a byte. */
+CLONES void streammerge_mask_f32(
+    float *restrict values, const uint8_t *restrict bits, const float *restrict table, int64_t elems) {
+    int64_t i = 0;
+    for (; i + 8 <= elems; i += 8) {
+        const float *each = table + 8 * bits[i / 8];
+        for (int j = 0; j < 8; j++) values[i + j] *= each[j];
+    }
+    for (; i < elems; i++) values[i] *= table[8 * bits[i / 8] + i % 8];
+}
+
+CLONES void streammerge_mask_f64(
+    double *restrict values, const uint8_t *restrict bits, const double *restrict table, int64_t elems) {
+    int64_t i = 0;
+    for (; i + 8 <= elems; i += 8) {
+        const double *each = table + 8 * bits[i / 8];
+        for (int j = 0; j < 8; j++) values[i + j] *= each[j];
+    }
+    for (; i < elems; i++) values[i] *= table[8 * bits[i / 8] + i % 8];
+}
