@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from streammerge.compiled import library
-from streammerge.compiled.sums import MOST_SOURCES, TILES_ELEMS, CompiledSums, address_of, can_sum
+from streammerge.compiled.sums import MOST_SOURCES, TILES_ELEMS, CompiledSums, address_of
 from streammerge.tensors.dtypes import DType
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason="the package was built without a C compiler")
@@ -139,10 +139,3 @@ def test_other_memory_is_left_alone() -> None:
     sums = CompiledSums([[1.0] * 65], [(1.0, False)], kinds, [DType.F32], memory[:TILES_ELEMS])
     put(sums, [drawn(DType.BF16, number, 5000) for number in range(65)], [DType.F32])
     assert (memory[TILES_ELEMS:] == 7).all()
-
-
-def test_dtypes_that_are_known() -> None:
-    assert can_sum(list(BITS))
-    assert not can_sum([DType.F32, DType.I32])
-    assert not can_sum([DType.F8_E4M3])
-    assert address_of(memoryview(b"")) == 0

@@ -40,7 +40,17 @@ static inline uint32_t as_bits(float value) {
     return bits;
 }
 
-/* ---- numbers into float64 ---- */
+/* ---- numbers into float32 and float64 ---- */
+
+/* A half's exponent is 112 less than a float's. A subnormal half is an integer times 2^-24. */
+static inline float of_half(uint16_t half) {
+    uint32_t magnitude = half & 0x7fff, sign = (uint32_t)(half & 0x8000) << 16;
+    uint32_t normal = (magnitude << 13) + (112u << 23);
+    uint32_t infinite = normal + (112u << 23);
+    uint32_t subnormal = as_bits((float)(int32_t)magnitude * 0x1p-24f);
+    uint32_t bits = magnitude < 0x400 ? subnormal : magnitude < 0x7c00 ? normal : infinite;
+    return as_float(bits | sign);
+}
 
 CLONES static void load_f32(const loose_float *restrict in, double *restrict out, int64_t elems) {
     for (int64_t i = 0; i < elems; i++) out[i] = in[i];
@@ -50,16 +60,8 @@ CLONES static void load_bf16(const loose_half *restrict in, double *restrict out
     for (int64_t i = 0; i < elems; i++) out[i] = as_float((uint32_t)in[i] << 16);
 }
 
-/* A half's exponent is 112 less than a float's. A subnormal half is an integer times 2^-24. */
 CLONES static void load_f16(const loose_half *restrict in, double *restrict out, int64_t elems) {
-    for (int64_t i = 0; i < elems; i++) {
-        uint32_t magnitude = in[i] & 0x7fff, sign = (uint32_t)(in[i] & 0x8000) << 16;
-        uint32_t normal = (magnitude << 13) + (112u << 23);
-        uint32_t infinite = normal + (112u << 23);
-        uint32_t subnormal = as_bits((float)(int32_t)magnitude * 0x1p-24f);
-        uint32_t bits = magnitude < 0x400 ? subnormal : magnitude < 0x7c00 ? normal : infinite;
-        out[i] = as_float(bits | sign);
-    }
+    for (int64_t i = 0; i < elems; i++) out[i] = of_half(in[i]);
 }
 
 static void load(const void *in, int32_t dtype, int64_t begin, int64_t elems, double *out) {
@@ -69,6 +71,24 @@ static void load(const void *in, int32_t dtype, int64_t begin, int64_t elems, do
     case F32: load_f32((const loose_float *)from, out, elems); break;
     case BF16: load_bf16((const loose_half *)from, out, elems); break;
     default: load_f16((const loose_half *)from, out, elems);
+    }
+}
+
+CLONES static void single_bf16(const loose_half *restrict in, float *restrict out, int64_t elems) {
+    for (int64_t i = 0; i < elems; i++) out[i] = as_float((uint32_t)in[i] << 16);
+}
+
+CLONES static void single_f16(const loose_half *restrict in, float *restrict out, int64_t elems) {
+    for (int64_t i = 0; i < elems; i++) out[i] = of_half(in[i]);
+}
+
+/* Not for F64. */
+static void load_single(const void *in, int32_t dtype, int64_t begin, int64_t elems, float *out) {
+    const char *from = (const char *)in + begin * SIZES[dtype];
+    switch (dtype) {
+    case F32: memcpy(out, from, (size_t)elems * sizeof(float)); break;
+    case BF16: single_bf16((const loose_half *)from, out, elems); break;
+    default: single_f16((const loose_half *)from, out, elems);
     }
 }
 
@@ -119,6 +139,10 @@ CLONES static int store_f16(const double *restrict in, loose_half *restrict out,
         out[i] = (uint16_t)(made | sign);
     }
     return most >= 0x477ff000; /* 65520, the least number that is rounded to infinity */
+}
+
+CLONES static void widen(const float *restrict in, double *restrict out, int64_t elems) {
+    for (int64_t i = 0; i < elems; i++) out[i] = in[i];
 }
 
 static int store(const double *in, void *out, int32_t dtype, int64_t begin, int64_t elems) {
@@ -194,6 +218,110 @@ void streammerge_sums(
             else if (factors[j] != 1) multiply(t, factors[j], n);
             nonfinite[j] |= (uint8_t)store(t, out[j], out_dtypes[j], begin, n);
         }
+    }
+}
+
+/* ---- sums of many numbers ---- */
+
+/* A sum of numbers is made in this order on every machine: number i is added to the sum i % LANES, and then the upper half
+   of the sums is added to the lower half, until one is left. */
+#define LANES 256
+
+/* So many lanes are held in vector registers. */
+#define HELD 32
+typedef double LOOSE quad __attribute__((vector_size(32)));
+
+static double joined(double *lanes) {
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+/* Adds numbers to the lanes, or begins with them if begun is 0. They begin with the lane 0. */
+CLONES static void add_f64(double *restrict lanes, const loose_double *restrict in, int begun, int64_t elems) {
+    int64_t whole = elems / LANES * LANES, first = 0;
+    if (!begun && whole) {
+        memcpy(lanes, in, LANES * sizeof(double));
+        first = LANES;
+    } else if (!begun) memset(lanes, 0, LANES * sizeof(double));
+    for (int64_t held = 0; first < whole && held < LANES; held += HELD) {
+        quad sums[HELD / 4];
+        memcpy(sums, lanes + held, sizeof sums);
+        for (int64_t i = first; i < whole; i += LANES)
+            for (int j = 0; j < HELD / 4; j++) sums[j] += *(const quad *)(in + i + held + 4 * j);
+        memcpy(lanes + held, sums, sizeof sums);
+    }
+    for (int64_t i = whole; i < elems; i++) lanes[i - whole] += in[i];
+}
+
+/* The same with the products of two rows, each rounded. */
+CLONES static void add_products(double *restrict lanes, const double *a, const double *b, int begun, int64_t elems) {
+    int64_t whole = elems / LANES * LANES, first = 0;
+    if (!begun && whole) {
+        for (int j = 0; j < LANES; j++) lanes[j] = a[j] * b[j];
+        first = LANES;
+    } else if (!begun) memset(lanes, 0, LANES * sizeof(double));
+    for (int64_t held = 0; first < whole && held < LANES; held += HELD) {
+        quad sums[HELD / 4];
+        memcpy(sums, lanes + held, sizeof sums);
+        for (int64_t i = first; i < whole; i += LANES)
+            for (int j = 0; j < HELD / 4; j++) {
+                int64_t at = i + held + 4 * j;
+                sums[j] += *(const quad *)(a + at) * *(const quad *)(b + at);
+            }
+        memcpy(lanes + held, sums, sizeof sums);
+    }
+    for (int64_t i = whole; i < elems; i++) lanes[i - whole] += a[i] * b[i];
+}
+
+CLONES static void subtract(double *restrict a, const double *restrict b, int64_t elems) {
+    for (int64_t i = 0; i < elems; i++) a[i] -= b[i];
+}
+
+/* Numbers that are summed at once: whole rows of lanes, and not a power of two of them. */
+#define SUMMED (3 * LANES)
+
+/* Writes the sum of each of several rows, which lie one after the other. */
+void streammerge_row_sums(const void *in, int32_t dtype, int64_t rows, int64_t elems, double *out) {
+    double tile[SUMMED], lanes[LANES];
+    for (int64_t row = 0; row < rows; row++) {
+        if (dtype == F64 || !elems) add_f64(lanes, (const loose_double *)in + row * elems, 0, elems);
+        else
+            for (int64_t begin = 0; begin < elems; begin += SUMMED) {
+                int64_t n = elems - begin < SUMMED ? elems - begin : SUMMED;
+                load(in, dtype, row * elems + begin, n, tile);
+                add_f64(lanes, tile, begin > 0, n);
+            }
+        out[row] = joined(lanes);
+    }
+}
+
+/* Adds to totals the sums of the products of all pairs of rows, 00, 10, 11, 20, ..., grain by grain, or begins with them if
+   begun is 0. base: NULL, or what is subtracted from each row before. tiles: memory for (sources + 1) * SUMMED numbers, and
+   lanes for all pairs. */
+void streammerge_products(
+    int64_t elems, int32_t sources, const void *const *in, const int32_t *in_dtypes, const void *base, int32_t base_dtype,
+    int64_t grain, double *tiles, double *lanes, double *totals, int32_t begun) {
+    double *of_base = tiles + sources * SUMMED;
+    for (int64_t start = 0; start < elems; start += grain) {
+        int64_t stop = elems - start < grain ? elems : start + grain;
+        for (int64_t begin = start; begin < stop; begin += SUMMED) {
+            int64_t n = stop - begin < SUMMED ? stop - begin : SUMMED, pair = 0;
+            if (base) load(base, base_dtype, begin, n, of_base);
+            for (int32_t i = 0; i < sources; i++) {
+                double *row = tiles + i * SUMMED;
+                load(in[i], in_dtypes[i], begin, n, row);
+                if (base) subtract(row, of_base, n);
+                for (int32_t j = 0; j <= i; j++, pair++) {
+                    add_products(lanes + pair * LANES, row, tiles + j * SUMMED, begin > start, n);
+                }
+            }
+        }
+        for (int64_t pair = 0; pair < (int64_t)sources * (sources + 1) / 2; pair++) {
+            double sum = joined(lanes + pair * LANES);
+            totals[pair] = begun ? totals[pair] + sum : sum;
+        }
+        begun = 1;
     }
 }
 
@@ -294,4 +422,146 @@ CLONES void streammerge_mask_f64(
         for (int j = 0; j < 8; j++) values[i + j] *= each[j];
     }
     for (; i < elems; i++) values[i] *= table[8 * bits[i / 8] + i % 8];
+}
+
+/* ---- weighted differences from a base, in float32 ---- */
+
+CLONES static void subtract_single(float *restrict a, const float *restrict b, int64_t elems) {
+    for (int64_t i = 0; i < elems; i++) a[i] -= b[i];
+}
+
+CLONES static void magnitude_single(float *restrict a, int64_t elems) {
+    for (int64_t i = 0; i < elems; i++) a[i] = as_float(as_bits(a[i]) & 0x7fffffff);
+}
+
+CLONES static void multiply_single(float *restrict a, float factor, int64_t elems) {
+    for (int64_t i = 0; i < elems; i++) a[i] *= factor;
+}
+
+/* Adds to totals, grain by grain, the sums of the magnitudes of all differences and of those that a mask keeps, or begins
+   with them if begun is 0. bits: NULL if all are kept. table: 1 and 0 for the bits of each value of a byte. */
+void streammerge_magnitudes(
+    int64_t elems, const void *in, int32_t dtype, const void *base, int32_t base_dtype, const uint8_t *bits,
+    const float *table, int64_t grain, double *totals, int32_t begun) {
+    float row[SUMMED], of_base[SUMMED];
+    double wide[SUMMED], all[LANES], kept[LANES];
+    for (int64_t start = 0; start < elems; start += grain) {
+        int64_t stop = elems - start < grain ? elems : start + grain;
+        for (int64_t begin = start; begin < stop; begin += SUMMED) {
+            int64_t n = stop - begin < SUMMED ? stop - begin : SUMMED;
+            load_single(in, dtype, begin, n, row);
+            load_single(base, base_dtype, begin, n, of_base);
+            subtract_single(row, of_base, n);
+            magnitude_single(row, n);
+            widen(row, wide, n);
+            add_f64(all, wide, begin > start, n);
+            if (!bits) continue;
+            streammerge_mask_f32(row, bits + begin / 8, table, n);
+            widen(row, wide, n);
+            add_f64(kept, wide, begin > start, n);
+        }
+        double sum = joined(all), of_kept = bits ? joined(kept) : sum;
+        totals[0] = begun ? totals[0] + sum : sum;
+        totals[1] = begun ? totals[1] + of_kept : of_kept;
+        begun = 1;
+    }
+}
+
+CLONES static void add_single(float *restrict a, const float *restrict b, int64_t elems) {
+    for (int64_t i = 0; i < elems; i++) a[i] += b[i];
+}
+
+CLONES static void divide_single(float *restrict a, float divisor, int64_t elems) {
+    for (int64_t i = 0; i < elems; i++) a[i] /= divisor;
+}
+
+CLONES static void divide_rows(float *restrict a, const float *restrict b, int64_t elems) {
+    for (int64_t i = 0; i < elems; i++) a[i] /= b[i];
+}
+
+/* 1 for each number with the sign of plus, -1 for each other. */
+CLONES static void to_signs(float *restrict a, int64_t elems) {
+    for (int64_t i = 0; i < elems; i++) a[i] = as_float((as_bits(a[i]) & 0x80000000) | 0x3f800000);
+}
+
+/* Makes zero of what has not the sign. Adds the weight to the votes of what has it, or begins with it. */
+CLONES static void agree(
+    float *restrict row, const float *restrict signs, float *restrict votes, float weight, int begins, int64_t elems) {
+    for (int64_t i = 0; i < elems; i++) {
+        float value = row[i] * signs[i];
+        row[i] = value < 0 ? 0 : value;
+        float vote = (row[i] > 0 ? 1.0f : 0.0f) * weight;
+        votes[i] = begins ? vote : votes[i] + vote;
+    }
+}
+
+CLONES static void multiply_single_rows(float *restrict a, const float *restrict b, int64_t elems) {
+    for (int64_t i = 0; i < elems; i++) a[i] *= b[i];
+}
+
+/* At least the least; or, without one, 1 where it is 0. */
+CLONES static void at_least(float *restrict a, float least, int64_t elems) {
+    for (int64_t i = 0; i < elems; i++) a[i] = least > 0 ? (a[i] < least ? least : a[i]) : a[i] + (a[i] == 0 ? 1.0f : 0.0f);
+}
+
+CLONES static int store_single(const float *restrict in, loose_float *restrict out, int64_t elems) {
+    uint32_t most = 0;
+    for (int64_t i = 0; i < elems; i++) {
+        uint32_t magnitude = as_bits(in[i]) & 0x7fffffff;
+        most = magnitude > most ? magnitude : most;
+        out[i] = in[i];
+    }
+    return most >= 0x7f800000;
+}
+
+/* Writes base + scale * (the sum of the weighted differences / divisor), rounded; with elects, only those summed that have
+   the sign of the sum, and with normalizes divided by the sum of their weights, at least `least` if that is above 0.
+   Returns whether a result is not finite.
+
+   bits: for each model its mask, or NULL. tables: for each model what the bits of each value of a byte are multiplied by.
+   factors: of models without a mask. rows: memory for (models + 3) * SUMMED numbers. No dtype may be F64. */
+int32_t streammerge_differences(
+    int64_t elems, int32_t models, const void *const *in, const int32_t *in_dtypes, const void *base, int32_t base_dtype,
+    const uint8_t *const *bits, const float *tables, const float *factors, const float *weights, int32_t elects,
+    int32_t normalizes, float least, float divisor, float scale, void *out, int32_t out_dtype, float *rows) {
+    float *of_base = rows + models * SUMMED, *signs = of_base + SUMMED, *votes = signs + SUMMED, *total = rows;
+    double wide[SUMMED];
+    int odd = 0;
+    for (int64_t begin = 0; begin < elems; begin += SUMMED) {
+        int64_t n = elems - begin < SUMMED ? elems - begin : SUMMED;
+        load_single(base, base_dtype, begin, n, of_base);
+        for (int32_t i = 0; i < models; i++) {
+            float *row = rows + i * SUMMED;
+            load_single(in[i], in_dtypes[i], begin, n, row);
+            subtract_single(row, of_base, n);
+            if (bits[i]) streammerge_mask_f32(row, bits[i] + begin / 8, tables + i * 2048, n);
+            else multiply_single(row, factors[i], n);
+            multiply_single(row, weights[i], n);
+            if (!elects && i) add_single(total, row, n);
+        }
+        if (elects) {
+            memcpy(signs, rows, sizeof(float) * (size_t)n);
+            if (models == 1) for (int64_t i = 0; i < n; i++) signs[i] += 0.0f;
+            for (int32_t i = 1; i < models; i++) add_single(signs, rows + i * SUMMED, n);
+            to_signs(signs, n);
+            for (int32_t i = 0; i < models; i++) {
+                agree(rows + i * SUMMED, signs, votes, weights[i], i == 0, n);
+                if (i) add_single(total, rows + i * SUMMED, n);
+            }
+            multiply_single_rows(total, signs, n);
+            if (normalizes) {
+                at_least(votes, least, n);
+                divide_rows(total, votes, n);
+            }
+        } else if (divisor != 1) divide_single(total, divisor, n);
+        multiply_single(total, scale, n);
+        add_single(total, of_base, n);
+        if (out_dtype == F32) {
+            odd |= store_single(total, (loose_float *)((char *)out + begin * 4), n);
+        } else {
+            widen(total, wide, n);
+            odd |= store(wide, out, out_dtype, begin, n);
+        }
+    }
+    return odd;
 }

@@ -18,14 +18,19 @@ if TYPE_CHECKING:
 VERSION = 1
 """That of ``arithmetic.c``. A library that was built from another version of it is not used."""
 NAME = "arithmetic.so"
-_I32, _I64, _U32, _P = ctypes.c_int32, ctypes.c_int64, ctypes.c_uint32, ctypes.c_void_p
+_I32, _I64, _U32, _F, _P = ctypes.c_int32, ctypes.c_int64, ctypes.c_uint32, ctypes.c_float, ctypes.c_void_p
 _FUNCTIONS = {
     "sums": (_I64, _I32, _P, _P, _I32, _P, _P, _P, _P, _P, _P, _I64, _P, _I32, _P),
+    "row_sums": (_P, _I32, _I64, _I64, _P),
+    "products": (_I64, _I32, _P, _P, _P, _I32, _I64, _P, _P, _P, _I32),
     "choose_bits": (_U32, _U32, _U32, _I32, _U32, _P, _P, _I64),
     "choose_rows": (_I64, _P, _P, _I32, _U32, _P, _P, _I64),
     "mask_f32": (_P, _P, _P, _I64),
     "mask_f64": (_P, _P, _P, _I64),
+    "magnitudes": (_I64, _P, _I32, _P, _I32, _P, _P, _I64, _P, _I32),
+    "differences": (_I64, _I32, _P, _P, _P, _I32, _P, _P, _P, _P, _I32, _I32, _F, _F, _F, _P, _I32, _P),
 }
+_RESULTS = {"differences": _I32}
 
 
 def library() -> ctypes.CDLL | None:
@@ -43,7 +48,7 @@ def _loaded() -> ctypes.CDLL | None:
             return None
         for name, arguments in _FUNCTIONS.items():
             function = getattr(found, f"streammerge_{name}")
-            function.argtypes, function.restype = arguments, None
+            function.argtypes, function.restype = arguments, _RESULTS.get(name)
     except (OSError, AttributeError):  # not built, or for another machine
         return None
     return found

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from streammerge.compiled.library import address, library
+from streammerge.compiled.numbers import CODES
 from streammerge.tensors.dtypes import DType
 
 if TYPE_CHECKING:
@@ -13,8 +14,6 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
-_CODES = {DType.F64: 0, DType.F32: 1, DType.BF16: 2, DType.F16: 3}
-"""As in ``arithmetic.c``."""
 _TILE, _STEP = 520, 8
 """Numbers that are summed at once, so that they stay in a core's first cache. Rows that lie a power of two apart would push
 each other out of it."""
@@ -24,11 +23,6 @@ MOST_SOURCES = 255
 """So many rows are summed in one call."""
 Quotient = tuple[float, bool]
 """What a sum is multiplied by, or divided by if that says so."""
-
-
-def can_sum(dtypes: Sequence[DType]) -> bool:
-    """Whether there are compiled functions, and they know these dtypes."""
-    return all(dtype in _CODES for dtype in dtypes) and library() is not None
 
 
 class CompiledSums:
@@ -56,8 +50,8 @@ class CompiledSums:
         self._weights = np.array(weights, np.float64)
         self._factors = np.array([factor for factor, _ in quotients], np.float64)
         self._divides = np.array([divides for _, divides in quotients], np.uint8)
-        self._sources = np.array([_CODES[dtype] for dtype in sources], np.int32)
-        self._outs = np.array([_CODES[dtype] for dtype in outs], np.int32)
+        self._sources = np.array([CODES[dtype] for dtype in sources], np.int32)
+        self._outs = np.array([CODES[dtype] for dtype in outs], np.int32)
         self._tiles = np.empty(TILES_ELEMS) if tiles is None else tiles
         self._nonfinite = np.empty(len(outs), np.uint8)
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from streammerge.kernels.chunk import OPERAND, SCRATCH, Chunk, Slot
+from streammerge.kernels.lanes import row_sums
 from streammerge.kernels.ranking import Cut, keep_rows, select_rows
 from streammerge.tensors.spec import GRAIN
 
@@ -54,10 +55,7 @@ class Batch(NamedTuple):
 
     def sums(self, values: torch.Tensor) -> list[float]:
         """Returns the sum of each tensor's numbers, as :meth:`TensorGroup.reduce` does."""
-        import torch
-
-        wide = values if values.dtype == torch.float64 else self.chunk.empty(SCRATCH, torch.float64).copy_(values)
-        sums: list[float] = self.rows(wide).sum(1).tolist()
+        sums: list[float] = row_sums(self.rows(values)).tolist()
         return sums
 
     def grams(self, deltas: bool = False) -> list[list[list[float]]] | None:

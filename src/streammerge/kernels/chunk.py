@@ -91,7 +91,8 @@ class Chunk:
     until the same slot is requested again. ``raw(i)`` has the model's own dtype and is valid until the next but one
     call. It is read-only: it may be mapped pages of a file, and a process that writes to them is ended by the system.
 
-    ``hides``: whether agreed infinities and NaN are loaded as zero (:mod:`streammerge.kernels.agreed`).
+    ``hides``: whether agreed infinities and NaN are loaded as zero (:mod:`streammerge.kernels.agreed`). ``stays``: whether
+    what is read of a source stays valid for the whole chunk.
     """
 
     def __init__(
@@ -104,9 +105,10 @@ class Chunk:
         based: bool,
         models: int,
         hides: bool = False,
+        stays: Callable[[int], bool] | None = None,
     ) -> None:
         self.start, self.stop = start, stop
-        self.compute, self.hides = compute, hides
+        self.compute, self.hides, self._stays = compute, hides, stays
         self._buffers, self._read, self._count = buffers, read, models
         self._first = int(based)
         self._base: torch.Tensor | None = None
@@ -117,7 +119,7 @@ class Chunk:
         """Returns the same chunk in the same buffers, without its agreed elements."""
         return Chunk(
             self.start, self.stop, self.compute, self._buffers, self._read, self._first > 0, self._count, hides=True
-        )
+        )  # what stays is not asked for, since it is not hidden there
 
     def blocks(self, elems: int) -> Iterator[Chunk]:
         """Yields the chunk in parts of so many elements, which use the begin of its buffers. What was taken of these is
@@ -127,7 +129,8 @@ class Chunk:
             return
         for a, b in ranges(self.elems, elems):
             span = (self.start + a, self.start + b)
-            yield Chunk(*span, self.compute, self._buffers, self._read, self._first > 0, self._count, self.hides)
+            based = self._first > 0
+            yield Chunk(*span, self.compute, self._buffers, self._read, based, self._count, self.hides, self._stays)
 
     def settle(self, kernel: Kernel, row: int, out: torch.Tensor) -> int:
         """Puts agreed elements into the kernel's result for this chunk. Returns how many. See :func:`agreed.settle`."""
@@ -175,6 +178,13 @@ class Chunk:
 
     def raw(self, model: int) -> torch.Tensor:
         return self._read(model + self._first, self.start, self.stop)
+
+    def held(self) -> list[torch.Tensor] | None:
+        """Returns what :meth:`raw` gives of all sources, the base first, if all of it stays valid and nothing is hidden."""
+        sources = range(self._count + self._first)
+        if self.hides or self._stays is None or not all(map(self._stays, sources)):
+            return None
+        return [self._read(source, self.start, self.stop) for source in sources]
 
     def keep(self, values: torch.Tensor) -> torch.Tensor:
         """Copies raw numbers so that they stay valid for the whole chunk. There is room for one copy."""

@@ -6,9 +6,12 @@ import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from streammerge.compiled.numbers import known
+from streammerge.compiled.products import Products
 from streammerge.kernels.chunk import OPERAND, Slot
+from streammerge.kernels.lanes import dtype_of, row_sums
 from streammerge.tensors.spec import ranges
 
 if TYPE_CHECKING:
@@ -20,6 +23,18 @@ FIRST: Slot = ("first",)
 """The slot of the first model while products are made."""
 _OTHER: Slot = ("other",)
 _PRODUCT: Slot = ("product",)
+_MOST_AT_ONCE = 64
+"""Sources whose products compiled functions sum. The memory of more would be worth a term in the budget."""
+
+
+@runtime_checkable
+class Adding(Protocol):
+    """A look that can add the sums of a chunk's terms by compiled functions."""
+
+    def add_to(self, totals: list[float], chunk: Chunk, grain: int, /) -> list[float] | None:
+        """Returns the totals with the sums of the grains of a chunk, in the order of :class:`_Sums`. ``totals``: empty
+        before the first chunk. None if compiled functions cannot make them."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,21 +47,38 @@ class _Sums:
     apart: bool = False
 
     def __call__(self, look: Look, chunks: Iterable[Chunk]) -> list[torch.Tensor]:
+        totals: list[torch.Tensor] = []
+        adds = look.add_to if isinstance(look, Adding) else None
+        for whole in chunks:
+            added = None if adds is None else adds([total.item() for total in totals], whole, self.grain)
+            if added is None:
+                for chunk in whole.blocks(self.grain) if self.apart else [whole]:
+                    self._add(totals, look, chunk)
+            else:
+                totals = _numbers(added)
+        return totals
+
+    def _add(self, totals: list[torch.Tensor], look: Look, chunk: Chunk) -> None:
         import torch
 
-        totals: list[torch.Tensor] = []
-        for chunk in (block for whole in chunks for block in whole.blocks(self.grain)) if self.apart else chunks:
-            for number, values in enumerate(look(chunk)):
-                step = self.grain // (self.row if values.dim() > 1 else 1)
-                length = values.shape[0]  # torch's len is a function of Python, and slow
-                short = length <= step
-                for start, stop in [(0, 0)] if short else ranges(length, step):
-                    partial = (values if short else values[start:stop]).sum(0, dtype=torch.float64)
-                    if number == len(totals):
-                        totals.append(partial)
-                    else:
-                        totals[number].add_(partial)
-        return totals
+        for number, values in enumerate(look(chunk)):
+            step = self.grain // (self.row if values.dim() > 1 else 1)
+            length = values.shape[0]  # torch's len is a function of Python, and slow
+            short = length <= step
+            for start, stop in [(0, 0)] if short else ranges(length, step):
+                part = values if short else values[start:stop]
+                flat = part.dim() == 1 and part.dtype in (torch.float32, torch.float64)
+                partial = row_sums(part.unsqueeze(0))[0] if flat else part.sum(0, dtype=torch.float64)
+                if number == len(totals):
+                    totals.append(partial)
+                else:
+                    totals[number].add_(partial)
+
+
+def _numbers(totals: Sequence[float]) -> list[torch.Tensor]:
+    import torch
+
+    return list(torch.tensor(totals, dtype=torch.float64).unbind())
 
 
 def reduce(group: Swept, terms: Look, apart: bool = False) -> list[torch.Tensor]:
@@ -72,8 +104,30 @@ def gram(group: Swept, deltas: bool) -> torch.Tensor:
     import torch
 
     n = group.models
-    sums = reduce(group, lambda chunk: products(chunk, n, deltas), apart=True)
+    sums = reduce(group, _Pairs(n, deltas), apart=True)
     return torch.tensor(matrix([total.item() for total in sums], n), dtype=torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    """Looks at the products of all pairs of models."""
+
+    models: int
+    deltas: bool
+
+    def __call__(self, chunk: Chunk) -> Iterator[torch.Tensor]:
+        return products(chunk, self.models, self.deltas)
+
+    def add_to(self, totals: list[float], chunk: Chunk, grain: int) -> list[float] | None:
+        held = chunk.held()
+        if held is None or len(held) > _MOST_AT_ONCE:
+            return None
+        dtypes, places = [dtype_of(each) for each in held], [each.data_ptr() for each in held]
+        if not known(dtypes):
+            return None
+        first, based = int(chunk.based), self.deltas
+        sums = Products(dtypes[first:], dtypes[0] if based else None, grain, totals)
+        return sums.add(places[first:], places[0] if based else None, chunk.elems)
 
 
 def products(chunk: Chunk, models: int, deltas: bool) -> Iterator[torch.Tensor]:

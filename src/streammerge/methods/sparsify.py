@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
+from streammerge.compiled.differences import add_magnitudes
 from streammerge.compiled.library import address, library
+from streammerge.compiled.numbers import known
 from streammerge.errors import RecipeError
 from streammerge.kernels.chunk import Chunk
 from streammerge.kernels.group import TensorGroup
+from streammerge.kernels.lanes import dtype_of
 from streammerge.kernels.masks import Masks, masks_bytes
 from streammerge.kernels.random import limits
 from streammerge.kernels.ranking import Cut
 from streammerge.kernels.row_ranking import by_rank
 from streammerge.methods.contracts import Values
+from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import GRAIN, ranges
 
 if TYPE_CHECKING:
@@ -31,6 +36,20 @@ _MULTIPLIED_ELEMS = 1 << 17
 """Numbers that are multiplied by a mask at once: as many as stay in a CPU's own cache."""
 Sparsify = Callable[[Chunk, int, "torch.Tensor"], "torch.Tensor"]
 """(chunk, model, its delta) -> the delta with dropped elements set to zero. NaN stays NaN."""
+
+
+class Mask(NamedTuple):
+    """What a delta is multiplied by: the factor where its bit is set, else 0. Without bits all is kept."""
+
+    bits: Any
+    factor: float = 1.0
+
+
+@runtime_checkable
+class Masking(Protocol):
+    """A sparsifier that may know its mask before it sees the delta."""
+
+    def mask(self, chunk: Chunk, model: int, /) -> Mask | None: ...
 
 
 def check_density(values: Values) -> None:
@@ -49,9 +68,17 @@ def check_density(values: Values) -> None:
             )
 
 
-def everything(chunk: Chunk, model: int, delta: torch.Tensor) -> torch.Tensor:
+class Everything:
     """Keeps all elements."""
-    return delta
+
+    def __call__(self, _chunk: Chunk, _model: int, delta: torch.Tensor) -> torch.Tensor:
+        return delta
+
+    def mask(self, _chunk: Chunk, _model: int) -> Mask | None:
+        return Mask(None)
+
+
+everything = Everything()
 
 
 def magnitude(group: TensorGroup, density: Sequence[float]) -> Sparsify:
@@ -96,7 +123,7 @@ def _between(delta: torch.Tensor, upto: Cut, outliers: Cut, start: int, scratch:
 
 def bernoulli(group: TensorGroup, density: Sequence[float]) -> Masked:
     """Keeps each element with probability ``density``."""
-    return Masked(group, lambda chunk, model, delta: None if density[model] >= 1 else density[model])
+    return Masked(group, lambda chunk, model, delta: None if density[model] >= 1 else density[model], density)
 
 
 class Masked:
@@ -106,12 +133,17 @@ class Masked:
     A mask that a pass makes is kept for the kernel, a bit for each element. Of a tensor of up to a grain it lies in memory,
     and the budget counts it as ``kept_bits`` of the method. Of a longer tensor it lies in a file, as far as that has room.
     What is not kept is made again.
+
+    ``constant``: the chance of each model, if none depends on the delta.
     """
 
     def __init__(
-        self, group: TensorGroup, chances: Callable[[Chunk, int, torch.Tensor], float | torch.Tensor | None]
+        self,
+        group: TensorGroup,
+        chances: Callable[[Chunk, int, torch.Tensor], float | torch.Tensor | None],
+        constant: Sequence[float] | None = None,
     ) -> None:
-        self._group, self._chances = group, chances
+        self._group, self._chances, self._constant = group, chances, constant
         self._held: dict[int, Bits] = {}
         self._masks: Masks | None = None
         self._tables = dict[int, tuple[float, Any]]()
@@ -130,6 +162,20 @@ class Masked:
                 self._keep(chunk, model, bits)
         _multiply(delta, bits, self._table(model, factor, delta.dtype), chunk.empty("mask"))
         return delta
+
+    def mask(self, chunk: Chunk, model: int, keep: bool = False) -> Mask | None:
+        """Returns the mask of a model. None if it is a function of the delta, and not kept. ``keep``: whether it is needed
+        again."""
+        bits = None if keep else self._kept(chunk, model)
+        if bits is None:
+            if self._constant is None:
+                return None
+            if self._constant[model] >= 1:
+                return Mask(None)
+            bits = self._group.chosen(chunk, model, self._constant[model])
+            if keep and not chunk.hides:
+                self._keep(chunk, model, bits)
+        return Mask(bits)
 
     def make_room(self) -> None:
         """Makes room for the masks of a tensor of more than a grain, because a pass needs them before the kernel does."""
@@ -248,19 +294,82 @@ def rescaled(group: TensorGroup, sparsify: Sparsify) -> Sparsify:
     masked = sparsify if isinstance(sparsify, Masked) else None
     if masked:
         masked.make_room()
-
-    def sums(chunk: Chunk) -> Iterator[torch.Tensor]:
-        for model in range(group.models):
-            magnitudes = chunk.delta(model).abs_()
-            yield magnitudes
-            # What is kept depends on no sign
-            yield masked(chunk, model, magnitudes, keep=True) if masked else sparsify(chunk, model, magnitudes)
-
-    totals = list(map(float, group.reduce(sums))) if group.models else []
+    totals = list(map(float, group.reduce(_Magnitudes(group, sparsify, masked)))) if group.models else []
     factors = [_factor(a, b) for a, b in zip(totals[::2], totals[1::2], strict=True)]
     if masked:
-        return lambda chunk, model, delta: masked(chunk, model, delta, factors[model])
+        return _Restored(masked, factors)
     return lambda chunk, model, delta: sparsify(chunk, model, delta).mul_(factors[model])
+
+
+@dataclass(frozen=True, slots=True)
+class _Restored:
+    """Multiplies what a mask keeps by a factor of each model."""
+
+    masked: Masked
+    factors: Sequence[float]
+
+    def __call__(self, chunk: Chunk, model: int, delta: torch.Tensor) -> torch.Tensor:
+        return self.masked(chunk, model, delta, self.factors[model])
+
+    def mask(self, chunk: Chunk, model: int) -> Mask | None:
+        found = self.masked.mask(chunk, model)
+        return None if found is None else found._replace(factor=self.factors[model])
+
+
+@dataclass(frozen=True, slots=True)
+class _Magnitudes:
+    """Looks at the magnitudes of each model's delta, and at those that are kept. What is kept depends on no sign."""
+
+    group: TensorGroup
+    sparsify: Sparsify
+    masked: Masked | None
+
+    def __call__(self, chunk: Chunk) -> Iterator[torch.Tensor]:
+        for model in range(self.group.models):
+            magnitudes = chunk.delta(model).abs_()
+            yield magnitudes
+            masked = self.masked
+            yield masked(chunk, model, magnitudes, keep=True) if masked else self.sparsify(chunk, model, magnitudes)
+
+    def add_to(self, totals: list[float], chunk: Chunk, grain: int) -> list[float] | None:
+        import numpy as np
+        import torch
+
+        held = single_held(chunk)
+        if held is None or self.masked is None:
+            return None
+        made, sums = list[float](), list(totals)
+        base, models = held[0], held[1:]
+        for number, model in enumerate(models):
+            mask = self.masked.mask(chunk, number, keep=True)
+            if mask is None:
+                return None
+            both = np.array(sums[2 * number : 2 * number + 2] or [0.0, 0.0])
+            table = _of_bytes(torch.float32)
+            add_magnitudes(both, bool(sums), *model, *base, mask.bits, table, grain, chunk.elems)
+            made += both.tolist()
+        return made
+
+
+def single_held(chunk: Chunk) -> list[tuple[int, DType]] | None:
+    """Returns the address and the dtype of the numbers of the base and of each model. None if compiled functions that
+    compute in float32 cannot take them."""
+    import torch
+
+    held = chunk.held() if chunk.compute == torch.float32 and chunk.based else None
+    if held is None:
+        return None
+    dtypes = [dtype_of(each) for each in held]
+    if DType.F64 in dtypes or not known(dtypes):
+        return None
+    return [(each.data_ptr(), dtype) for each, dtype in zip(held, dtypes, strict=True)]
+
+
+def table_of(factor: float) -> Any:
+    """Returns what 8 numbers are multiplied by, for each byte of a mask: the factor, rounded to float32, or 0."""
+    import torch
+
+    return (torch.from_numpy(_of_bytes(torch.float32)) * factor).numpy()
 
 
 def _magnitudes(group: TensorGroup) -> Callable[[Chunk], Iterator[torch.Tensor]]:

@@ -14,12 +14,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from streammerge.compiled.differences import Differences
+from streammerge.compiled.numbers import known
 from streammerge.kernels.chunk import OPERAND, Chunk, Kernel, Slot
 from streammerge.kernels.group import TensorGroup
+from streammerge.kernels.lanes import dtype_of
 from streammerge.methods.contracts import PerModel, Values, merge_method
 from streammerge.methods.linear import scaled
 from streammerge.methods.sparsify import (
     Keep,
+    Masking,
     Sparsify,
     bernoulli,
     bernoulli_in,
@@ -34,7 +38,10 @@ from streammerge.methods.sparsify import (
     magprune_in,
     rescaled,
     rescaled_in,
+    single_held,
+    table_of,
 )
+from streammerge.tensors.dtypes import DType
 
 if TYPE_CHECKING:
     import torch
@@ -48,25 +55,66 @@ def _merge(
     """Returns the kernel of the formula above; ``elect``: with election of the sign."""
     if not group.models:
         return lambda chunk: chunk.base
-    divisor = _divisor(weight, normalize)
+    return _Mixed(sparsify, tuple(weight), elect, normalize, scale)
 
-    def plain(chunk: Chunk) -> torch.Tensor:
-        mixed = weighted(chunk, 0, "mixed")
-        for model in range(1, group.models):
-            mixed.add_(weighted(chunk, model, OPERAND))
-        return applied(chunk, mixed.div_(divisor) if divisor != 1 else mixed)
 
-    def elected(chunk: Chunk) -> torch.Tensor:
-        deltas = [weighted(chunk, model, f"delta {model}") for model in range(group.models)]
-        return applied(chunk, winners(chunk, deltas, weight, normalize))
+class _Mixed:
+    """The kernel of :func:`_merge`."""
 
-    def weighted(chunk: Chunk, model: int, slot: Slot) -> torch.Tensor:
-        return scaled(sparsify(chunk, model, chunk.delta(model, slot)), weight[model])
+    def __init__(self, sparsify: Sparsify, weight: Sequence[float], elect: bool, normalize: bool, scale: float) -> None:
+        self._sparsify, self._weight, self._scale = sparsify, weight, scale
+        self._elect, self._normalize = elect, normalize
+        self._divisor = _divisor(weight, normalize)
+        self._compiled: tuple[list[float], Differences] | None = None
 
-    def applied(chunk: Chunk, mixed: torch.Tensor) -> torch.Tensor:
-        return scaled(mixed, scale).add_(chunk.base)
+    def __call__(self, chunk: Chunk) -> torch.Tensor:
+        models = range(len(self._weight))
+        if self._elect:
+            deltas = [self._weighted(chunk, model, f"delta {model}") for model in models]
+            return self._applied(chunk, winners(chunk, deltas, self._weight, self._normalize))
+        mixed = self._weighted(chunk, 0, "mixed")
+        for model in models[1:]:
+            mixed.add_(self._weighted(chunk, model, OPERAND))
+        return self._applied(chunk, mixed.div_(self._divisor) if self._divisor != 1 else mixed)
 
-    return elected if elect else plain
+    def _weighted(self, chunk: Chunk, model: int, slot: Slot) -> torch.Tensor:
+        return scaled(self._sparsify(chunk, model, chunk.delta(model, slot)), self._weight[model])
+
+    def _applied(self, chunk: Chunk, mixed: torch.Tensor) -> torch.Tensor:
+        return scaled(mixed, self._scale).add_(chunk.base)
+
+    def put(self, chunk: Chunk, out: torch.Tensor) -> bool:
+        """Writes the rounded result by compiled functions. Returns whether it is done, and all of it is finite."""
+        sparsify, out_dtype = self._sparsify, dtype_of(out)
+        if not isinstance(sparsify, Masking) or out_dtype == DType.F64 or not known([out_dtype]):
+            return False
+        held = single_held(chunk)
+        if held is None:
+            return False
+        masks = [mask for model in range(len(self._weight)) if (mask := sparsify.mask(chunk, model)) is not None]
+        if len(masks) < len(self._weight):
+            return False
+        base, models = held[0], held[1:]
+        compiled = self._differences([mask.factor for mask in masks])
+        places, dtypes = [place for place, _ in models], [dtype for _, dtype in models]
+        bits = [mask.bits for mask in masks]
+        return compiled.put(places, dtypes, *base, bits, out.data_ptr(), out_dtype, chunk.elems)
+
+    def _differences(self, factors: list[float]) -> Differences:
+        """Returns the compiled functions for these factors, which are those of a tensor."""
+        if self._compiled is None or self._compiled[0] != factors:
+            made = Differences(
+                self._weight,
+                list(map(table_of, factors)),
+                factors,
+                self._scale,
+                divisor=self._divisor,
+                elects=self._elect,
+                normalizes=self._normalize,
+                least=_least(self._weight),
+            )
+            self._compiled = factors, made
+        return self._compiled[1]
 
 
 def _in_batch(batch: Batch, keep: Keep, values: Values, *, elect: bool) -> torch.Tensor | None:
@@ -132,9 +180,15 @@ def winners(chunk: Chunk, deltas: list[torch.Tensor], weight: Sequence[float], n
     mixed = deltas[0].mul_(sign)
     if not normalize:
         return mixed
-    if min(weight) < 0:
+    least = _least(weight)
+    if not least:
         return mixed.div_(divisor.add_(torch.eq(divisor, 0, out=agrees)))
-    return mixed.div_(divisor.clamp_(min=min([w for w in weight if w], default=1.0)))  # 0 / w is 0
+    return mixed.div_(divisor.clamp_(min=least))  # 0 / w is 0
+
+
+def _least(weight: Sequence[float]) -> float:
+    """Returns the least that a sum of agreeing weights is, but for 0. 0 if weights may cancel each other out."""
+    return 0.0 if min(weight) < 0 else min([w for w in weight if w], default=1.0)
 
 
 def _to_signs(values: torch.Tensor) -> None:

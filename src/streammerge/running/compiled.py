@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from streammerge.compiled.sums import MOST_SOURCES, CompiledSums, address_of, can_sum
+from streammerge.compiled.numbers import known
+from streammerge.compiled.sums import MOST_SOURCES, CompiledSums, address_of
 from streammerge.methods.linear import Combination
 from streammerge.planning.tasks import MergeTask
 from streammerge.tensors.spec import ranges
@@ -62,7 +63,7 @@ def sums_of(task: MergeTask, kernel: object, totals: memoryview) -> Sums | None:
     import numpy as np
 
     dtypes = [task.out.dtype, *(source.spec.dtype for source in task.sources)]
-    if not isinstance(kernel, Combination) or not can_sum(dtypes):
+    if not isinstance(kernel, Combination) or not known(dtypes):
         return None
     return Sums(task, kernel, np.frombuffer(totals, np.float64) if totals else np.empty(0))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from streammerge.errors import StreammergeError, TaskError, printable
 from streammerge.kernels.agreed import finite
@@ -34,6 +34,16 @@ class Sources(Numbers, Protocol):
     """The numbers of a task's sources, as :class:`~streammerge.running.workspace.Inputs` has them."""
 
     def move_to(self, start: int, stop: int, /) -> None: ...
+    def stays(self, source: int, /) -> bool: ...
+
+
+@runtime_checkable
+class Putting(Protocol):
+    """A kernel that may round its result by compiled functions."""
+
+    def put(self, chunk: Chunk, out: torch.Tensor, /) -> bool:
+        """Writes the result of a chunk. Returns whether it is done, and all of it is finite."""
+        ...
 
 
 def no_sweep(look: Look, step: Step[T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
@@ -72,7 +82,8 @@ def chunk_of(
     if taking is not None:
         taking.move_to(start, stop)
         read = taking.read
-    return Chunk(start, stop, getattr(torch, task.compute), workspace, read, task.based, len(task.sources) - task.based)
+    models = len(task.sources) - task.based
+    return Chunk(start, stop, getattr(torch, task.compute), workspace, read, task.based, models, stays=source.stays)
 
 
 @contextmanager
@@ -114,13 +125,14 @@ class KernelMaker:
     def put(self, start: int, stop: int, outgoing: Outgoing) -> memoryview:
         import torch
 
-        chunk = self.chunk(start, stop)
-        result = self.kernel(chunk)
-        if result.numel() != chunk.elems:
-            raise ValueError(f"its kernel made {result.numel()} numbers of a chunk of {chunk.elems}")
-        dtype = self.task.out.dtype.component
+        chunk, dtype = self.chunk(start, stop), self.task.out.dtype.component
         part = outgoing.room(chunk.elems * dtype.element_bytes)
-        self.count(torch.frombuffer(part, dtype=dtype.torch).copy_(result.reshape(-1)), chunk)
+        out = torch.frombuffer(part, dtype=dtype.torch)
+        if not (isinstance(self.kernel, Putting) and self.kernel.put(chunk, out)):
+            result = self.kernel(chunk)
+            if result.numel() != chunk.elems:
+                raise ValueError(f"its kernel made {result.numel()} numbers of a chunk of {chunk.elems}")
+            self.count(out.copy_(result.reshape(-1)), chunk)
         if self._taking is not None:
             self._taking.made(part)
         return part

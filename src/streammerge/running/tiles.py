@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from streammerge.kernels.chunk import Chunk, Slot
+from streammerge.kernels.lanes import dtype_of
 from streammerge.methods.linear import Combination, Combinations
-from streammerge.tensors.dtypes import BY_TORCH_NAME, DType
 from streammerge.tensors.spec import ranges
 
 if TYPE_CHECKING:
@@ -85,13 +85,14 @@ class Tiles:
         not finite, whose bits are torch's."""
         import numpy as np
 
-        from streammerge.compiled.sums import MOST_SOURCES, TILES_ELEMS, CompiledSums, can_sum
+        from streammerge.compiled.numbers import known
+        from streammerge.compiled.sums import MOST_SOURCES, TILES_ELEMS, CompiledSums
 
         memory = np.frombuffer(self._memory, np.float64, TILES_ELEMS)
         for sources, numbers in self._groups(kernels, len(kernels)):
             held, own = [read(source, start, stop) for source in sources], [outs[number] for number in numbers]
-            dtypes, out_dtypes = [_dtype_of(each) for each in held], [_dtype_of(each) for each in own]
-            if len(held) > MOST_SOURCES or not can_sum([*dtypes, *out_dtypes]):
+            dtypes, out_dtypes = [dtype_of(each) for each in held], [dtype_of(each) for each in own]
+            if len(held) > MOST_SOURCES or not known([*dtypes, *out_dtypes]):
                 return None
             chosen = [kernels[number][0] for number in numbers]
             weights = [(*each.weights, each.of_base) if each.of_base else each.weights for each in chosen]
@@ -151,10 +152,6 @@ class Tiles:
             for (sources, _, _), numbers in alike.items()
             for begin in range(0, len(numbers), most)
         ]
-
-
-def _dtype_of(values: torch.Tensor) -> DType:
-    return BY_TORCH_NAME[str(values.dtype).removeprefix("torch.")]
 
 
 def _joined(kernels: Sequence[Summed], numbers: Sequence[int], compute: torch.dtype) -> Combinations:

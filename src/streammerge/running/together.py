@@ -278,6 +278,10 @@ class _Picked:
     def origin(self, source: int) -> str:
         return self._source.origin(self.numbers[source])
 
+    def stays(self, source: int) -> bool:  # noqa: ARG002
+        """Says yes: what is read of a chunk is held for all outputs."""
+        return True
+
     def read(self, source: int, start: int, stop: int) -> torch.Tensor:
         return self._once.read(self.numbers[source], start, stop)
 
