@@ -34,6 +34,8 @@ NAME = "torch distributed checkpoint"
 _OF_RANK = re.compile(r"__\d+\.metadata")
 _RANK = re.compile(r"__(\d+)_\d+\.distcp")
 _STEPS = ("iteration", "global_step", "step", "epoch")
+_COMMON = "common_state/shard_0_1"
+"""The entry in which Megatron stores what no rank has for itself. Versions before 0.19 write it as common.pt."""
 _BESIDE = ("meta.pt", "common.pt")
 BESIDE = (*_BESIDE, "metadata.json")
 """Files of other programs in such a folder, without which these do not read it."""
@@ -272,32 +274,44 @@ class _Reading:
         return facts
 
     def _steps(self) -> Iterator[tuple[str, int]]:
-        """Yields the counters of the run, by name. Lightning and Megatron have them in a file of their own."""
+        """Yields the counters of the run, by name. Lightning and Megatron have them in a file or an entry of their own."""
         for file in _BESIDE:
-            try:
-                place = self.home.place(file)
-                tree = torch_zip.read(place[0], place[1:]).tree if place is not None else None
-            except (StreammergeError, OSError):
-                continue
-            told = tree if isinstance(tree, dict) else {}
-            for key in _STEPS:
-                if isinstance(found := number(told.get(key)), int):
-                    yield key, found
+            place = self.home.place(file)
+            if place is not None:
+                yield from self._counters(place)
+        if (place := self._object(self.metadata.items.get((_COMMON, None)))) is not None:
+            yield from self._counters(place)
         for (name, _), item in self.metadata.items.items():
-            if name.rpartition(".")[2] not in _STEPS or name in self.left or item.nbytes > _MOST_OBJECT_BYTES:
+            if name.rpartition(".")[2] not in _STEPS or name in self.left:
                 continue
             try:
-                value = self._number(name, item)
+                value = number_in(place, name) if (place := self._object(item)) is not None else None
             except (StreammergeError, OSError):
                 continue
             if value is not None:
                 yield name, value
 
-    def _number(self, name: str, item: Item) -> int | None:
-        place = self.home.place(item.file) if is_safe(item.file) else None
-        if place is None or item.transforms or item.offset + item.nbytes > place[2]:
+    def _counters(self, place: Place) -> Iterator[tuple[str, int]]:
+        """Yields the counters in a dictionary that torch.save has written."""
+        try:
+            tree = torch_zip.read(place[0], place[1:]).tree
+        except (StreammergeError, OSError):
+            return
+        if isinstance(tree, list) and len(tree) == 1:  # as Megatron stores an object
+            tree = tree[0]
+        told = tree if isinstance(tree, dict) else {}
+        for key in _STEPS:
+            if isinstance(found := number(told.get(key)), int):
+                yield key, found
+
+    def _object(self, item: Item | None) -> Place | None:
+        """Returns where an item lies that is short enough for an object. None if it does not, or is compressed."""
+        if item is None or item.transforms or item.nbytes > _MOST_OBJECT_BYTES:
             return None
-        return number_in(place, item, name)
+        place = self.home.place(item.file) if is_safe(item.file) else None
+        if place is None or item.offset + item.nbytes > place[2]:
+            return None
+        return place[0], place[1] + item.offset, item.nbytes
 
 
 def _known(entry: Entry, what: str) -> DType:

@@ -240,6 +240,18 @@ def test_files_of_megatron_stay_beside_it(tmp_path: Path) -> None:
     assert made["decoder.layers.mlp.weight"].shape == (4, 3, 2)
 
 
+def test_checksums_of_megatrons_files_are_left_out(tmp_path: Path) -> None:
+    """megatron-core 0.19.2 with verify_integrity writes integrity.json, and refuses to load files that it does not describe."""
+    for name in ("a", "b"):
+        folder = dcp_maker.write(tmp_path / name, {"decoder.w": torch.randn(4, 3)})
+        (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+        (folder / "integrity.json").write_text('{"algorithm": "sha256", "files": {".metadata": "00"}}')
+    result = sm.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out/")
+    assert not (tmp_path / "out" / "integrity.json").exists()
+    assert (tmp_path / "out" / "metadata.json").is_file()
+    assert any("integrity.json (a checksum of the input's files)" in note for note in result.notes)
+
+
 def with_masters(folder: Path, seed: int, name: str = "optimizer.state.param.decoder.w") -> tuple[Path, torch.Tensor]:
     """Writes a checkpoint whose optimizer holds the weight in float32, as Megatron's does."""
     weight = torch.randn(70_001, 3, generator=torch.Generator().manual_seed(seed)).bfloat16()
