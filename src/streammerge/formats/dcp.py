@@ -254,14 +254,17 @@ class _Reading:
         if self.left:
             nbytes = sum(math.prod(e.shape) * (e.dtype.element_bytes if e.dtype else 1) for e in self.left.values())
             held = f"{counted(len(self.left), 'tensor')}, {decimal_bytes(nbytes)}"
-            of_optimizer = all(is_optimizer_item(name, self.metadata.paths.get(name, (name,))) for name in self.left)
+            of_optimizer = all(map(self._is_of_optimizer, self.left))
             what = "optimizer" if of_optimizer else "training"
             notes.append(f"beside the weights, not merged: the state of the {what} ({held})")
         objects = [name for name in self.metadata.objects if "/shard_" not in name]  # Megatron's are of no interest
-        objects = [name for name in objects if not is_optimizer_item(name, self.metadata.paths.get(name, (name,)))]
+        objects = [name for name in objects if not self._is_of_optimizer(name)]
         if objects:
             notes.append(f"beside the weights, not merged: {listed(objects)}")
         return notes
+
+    def _is_of_optimizer(self, name: str) -> bool:
+        return is_optimizer_item(name, self.metadata.paths.get(name, (name,)))
 
     def _facts(self) -> dict[str, str]:
         """Returns what is known of the run: how many ranks wrote the checkpoint, and at which step."""
@@ -282,7 +285,7 @@ class _Reading:
         if (place := self._object(self.metadata.items.get((_COMMON, None)))) is not None:
             yield from self._counters(place)
         for (name, _), item in self.metadata.items.items():
-            if name.rpartition(".")[2] not in _STEPS or name in self.left:
+            if name.rpartition(".")[2] not in _STEPS or self._is_of_optimizer(name):
                 continue
             try:
                 value = number_in(place, name) if (place := self._object(item)) is not None else None
