@@ -77,7 +77,5 @@ def test_a_part_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
 def test_numbers_of_counters(tmp_path: Path) -> None:
     values = [7, torch.tensor(-9), torch.tensor([12], dtype=torch.int32), torch.tensor([1, 2]), torch.tensor(1.5), "7"]
     path, items = written(tmp_path / "__0_0.distcp", list(values))
-    found = [number_in((path, 0, path.size), item, "step") for item in items]
+    found = [number_in((path, item.offset, item.nbytes), "step") for item in items]
     assert found == [7, -9, 12, None, None, None]
-    shifted = [Item(item.file, item.offset - 60, item.nbytes) for item in items]
-    assert [number_in((path, 60, path.size), item, "step") for item in shifted[:2]] == [7, -9], "in an archive"

@@ -8,7 +8,7 @@ import pytest
 
 import streammerge as sm
 from streammerge.formats.dcp_metadata import Entry
-from streammerge.formats.dcp_names import is_optimizer_item, nested, weight_of_master
+from streammerge.formats.dcp_names import is_cut_master, is_optimizer_item, nested, weight_of_master
 from streammerge.tensors.dtypes import DType
 
 
@@ -44,6 +44,21 @@ def test_copies_of_weights_are_found_by_name_shape_and_dtype() -> None:
     assert weight("optimizer.state.param.decoder.w", (2, 3)) is None
     assert weight("optimizer.state.param.decoder.w", (3, 2), DType.BF16) is None
     assert weight("optimizer.state.exp_avg.decoder.w", (3, 2)) is None
+
+
+def test_flat_copies_of_weights_are_found_by_name() -> None:
+    shapes = {"decoder.w": (3, 2), "w": (4,)}
+
+    def cut(name: str, shape: tuple[int, ...], dtype: DType = DType.F32) -> bool:
+        return is_cut_master(name, Entry(dtype, "", shape, []), shapes)
+
+    assert cut("optimizer.state.fp32_param.decoder.w", (3, 1, 2))
+    assert cut("chained_0.optimizer.state.param.decoder.w", (1, 6))
+    assert not cut("optimizer.state.param.decoder.w", (3, 2)), "it has the weight's shape"
+    assert not cut("optimizer.state.param.decoder.w", (1, 6), DType.BF16)
+    assert not cut("optimizer.state.exp_avg.decoder.w", (1, 6))
+    assert not cut("optimizer.state.exp_avg.param.w", (1, 6)), "param is a part of its name"
+    assert not cut("optimizer.state.param.other", (1, 6))
 
 
 def test_the_state_dict_that_was_saved() -> None:

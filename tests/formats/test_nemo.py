@@ -191,6 +191,20 @@ def test_megatrons_layers_are_one_tensor(tmp_path: Path) -> None:
     assert sm.inspect(folder).container.facts == {"ranks": "4", "step": "700 (iteration)"}
 
 
+def test_megatrons_common_state_in_an_entry(tmp_path: Path) -> None:
+    """megatron-core 0.19.2 writes no common.pt. It stores the dictionary in a list, as any object of a rank."""
+    common = [{"iteration": 101, "args": {"num_layers": 4}, "checkpoint_version": 3.0}]
+    objects = {"common_state/shard_0_1": common, "decoder.layers.self_attention.linear_qkv._extra_state/shard_0_4": [None]}
+    tensors = {"decoder.layers.self_attention.linear_qkv.weight": torch.ones(4, 6, 2)}
+    dcp_maker.write(tmp_path / "run", tensors, objects=objects)
+    (tmp_path / "run" / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+    found = sm.inspect(tmp_path / "run")
+    assert found.container.facts == {"ranks": "1", "step": "101 (iteration)"}
+    assert not found.notes
+    dcp_maker.write(tmp_path / "odd", tensors, objects={"common_state/shard_0_1": [{"iteration": "x"}, 5]})
+    assert sm.inspect(tmp_path / "odd").container.facts == {"ranks": "1"}
+
+
 def test_a_folder_of_nemo_2(tmp_path: Path) -> None:
     one, tensors = megatron(tmp_path / "a" / "weights")
     two, others = megatron(tmp_path / "b" / "weights", 2, ranks=1)

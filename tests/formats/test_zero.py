@@ -141,6 +141,18 @@ def changed(folder: Path, file: str, change: Any) -> Path:
     return folder
 
 
+def test_experts_in_the_flat_tensors_are_refused_by_name(tmp_path: Path) -> None:
+    """DeepSpeed 0.19.8 cuts the experts of AutoEP at stage 3 among fewer ranks, in files with the usual names."""
+    for number, key in enumerate(("ds_autoep_layers", "autoep_layers")):
+        folder = write(tmp_path / str(number), model(), 3)
+        told = [{"checkpoint_format": "zero3_partitioned", "num_experts": 4, "num_local_experts": 2, "ep_size": 2}]
+        changed(folder, "*_0_mp_rank_00_model_states.pt", lambda state, key=key, told=told: state.update({key: told}))
+        with pytest.raises(sm.FormatError, match=r"of a mixture of experts, which is not read; run DeepSpeed's `ds_to_un"):
+            sm.inspect(folder)
+        changed(folder, "*_0_mp_rank_00_model_states.pt", lambda state, key=key: state.update({key: []}))
+        assert sm.inspect(folder).container.facts["stage"] == "ZeRO 3"
+
+
 def test_files_of_two_checkpoints(tmp_path: Path) -> None:
     for stage in (2, 3):
         folder = write(tmp_path / str(stage), model(), stage)

@@ -34,6 +34,8 @@ NAME = "torch distributed checkpoint"
 _OF_RANK = re.compile(r"__\d+\.metadata")
 _RANK = re.compile(r"__(\d+)_\d+\.distcp")
 _STEPS = ("iteration", "global_step", "step", "epoch")
+_COMMON = "common_state/shard_0_1"
+"""The entry in which Megatron stores what no rank has for itself. Versions before 0.19 write it as common.pt."""
 _BESIDE = ("meta.pt", "common.pt")
 BESIDE = (*_BESIDE, "metadata.json")
 """Files of other programs in such a folder, without which these do not read it."""
@@ -252,14 +254,17 @@ class _Reading:
         if self.left:
             nbytes = sum(math.prod(e.shape) * (e.dtype.element_bytes if e.dtype else 1) for e in self.left.values())
             held = f"{counted(len(self.left), 'tensor')}, {decimal_bytes(nbytes)}"
-            of_optimizer = all(is_optimizer_item(name, self.metadata.paths.get(name, (name,))) for name in self.left)
+            of_optimizer = all(map(self._is_of_optimizer, self.left))
             what = "optimizer" if of_optimizer else "training"
             notes.append(f"beside the weights, not merged: the state of the {what} ({held})")
         objects = [name for name in self.metadata.objects if "/shard_" not in name]  # Megatron's are of no interest
-        objects = [name for name in objects if not is_optimizer_item(name, self.metadata.paths.get(name, (name,)))]
+        objects = [name for name in objects if not self._is_of_optimizer(name)]
         if objects:
             notes.append(f"beside the weights, not merged: {listed(objects)}")
         return notes
+
+    def _is_of_optimizer(self, name: str) -> bool:
+        return is_optimizer_item(name, self.metadata.paths.get(name, (name,)))
 
     def _facts(self) -> dict[str, str]:
         """Returns what is known of the run: how many ranks wrote the checkpoint, and at which step."""
@@ -272,32 +277,44 @@ class _Reading:
         return facts
 
     def _steps(self) -> Iterator[tuple[str, int]]:
-        """Yields the counters of the run, by name. Lightning and Megatron have them in a file of their own."""
+        """Yields the counters of the run, by name. Lightning and Megatron have them in a file or an entry of their own."""
         for file in _BESIDE:
-            try:
-                place = self.home.place(file)
-                tree = torch_zip.read(place[0], place[1:]).tree if place is not None else None
-            except (StreammergeError, OSError):
-                continue
-            told = tree if isinstance(tree, dict) else {}
-            for key in _STEPS:
-                if isinstance(found := number(told.get(key)), int):
-                    yield key, found
+            place = self.home.place(file)
+            if place is not None:
+                yield from self._counters(place)
+        if (place := self._object(self.metadata.items.get((_COMMON, None)))) is not None:
+            yield from self._counters(place)
         for (name, _), item in self.metadata.items.items():
-            if name.rpartition(".")[2] not in _STEPS or name in self.left or item.nbytes > _MOST_OBJECT_BYTES:
+            if name.rpartition(".")[2] not in _STEPS or self._is_of_optimizer(name):
                 continue
             try:
-                value = self._number(name, item)
+                value = number_in(place, name) if (place := self._object(item)) is not None else None
             except (StreammergeError, OSError):
                 continue
             if value is not None:
                 yield name, value
 
-    def _number(self, name: str, item: Item) -> int | None:
-        place = self.home.place(item.file) if is_safe(item.file) else None
-        if place is None or item.transforms or item.offset + item.nbytes > place[2]:
+    def _counters(self, place: Place) -> Iterator[tuple[str, int]]:
+        """Yields the counters in a dictionary that torch.save has written."""
+        try:
+            tree = torch_zip.read(place[0], place[1:]).tree
+        except (StreammergeError, OSError):
+            return
+        if isinstance(tree, list) and len(tree) == 1:  # as Megatron stores an object
+            tree = tree[0]
+        told = tree if isinstance(tree, dict) else {}
+        for key in _STEPS:
+            if isinstance(found := number(told.get(key)), int):
+                yield key, found
+
+    def _object(self, item: Item | None) -> Place | None:
+        """Returns where an item lies that is short enough for an object. None if it does not, or is compressed."""
+        if item is None or item.transforms or item.nbytes > _MOST_OBJECT_BYTES:
             return None
-        return number_in(place, item, name)
+        place = self.home.place(item.file) if is_safe(item.file) else None
+        if place is None or item.offset + item.nbytes > place[2]:
+            return None
+        return place[0], place[1] + item.offset, item.nbytes
 
 
 def _known(entry: Entry, what: str) -> DType:

@@ -66,9 +66,10 @@ class Heads:
         return (source.offset, source.spec.nbytes) if source.__class__ is Stored else None
 
 
-def number_in(place: Place, item: Item, name: str) -> int | None:
-    """Returns the whole number that an item of a file is, as a counter is. None if it is something else."""
-    container = torch_zip.read(place[0], (place[1] + item.offset, item.nbytes))
+def number_in(place: Place, name: str) -> int | None:
+    """Returns the whole number that an item of a file is, as a counter is. None if it is something else. ``place``: of the
+    item."""
+    container = torch_zip.read(place[0], place[1:])
     found = number(container.tree)
     ref = container.tree
     if isinstance(ref, TensorRef) and ref.dtype in _COUNTERS and math.prod(ref.shape) == 1:

@@ -18,6 +18,7 @@ _FLAT_OPTIMIZER = re.compile(
 _TRAINING = re.compile(r"train_state|dataloader|lr_schedulers?")
 """What torchtitan saves beside the weights: counters, which older versions store as tensors."""
 _MASTER = re.compile(r"(?:.*?\.)?(?:fp32_param|master_param|param)\.(.+)")
+_MASTER_OF_STATE = re.compile(r"(?:.*\.)?state\.(?:fp32_param|master_param|param)\.(.+)")
 
 
 def is_optimizer_item(name: str, path: tuple[Any, ...]) -> bool:
@@ -43,6 +44,13 @@ def weight_of_master(name: str, entry: Entry, shapes: Mapping[str, tuple[int, ..
             return found[1]
         found = _MASTER.fullmatch(found[1])
     return None
+
+
+def is_cut_master(name: str, entry: Entry, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether an optimizer's entry is the copy in float32 of a weight that has another shape, since each rank's part of it
+    is flat. ``shapes``: those of the weights."""
+    found = _MASTER_OF_STATE.fullmatch(name) if entry.dtype is DType.F32 else None
+    return found is not None and shapes.get(found[1], entry.shape) != entry.shape
 
 
 def nested(refs: Mapping[str, TensorRef], paths: Mapping[str, tuple[Any, ...]]) -> dict[Any, Any]:

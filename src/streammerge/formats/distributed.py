@@ -40,7 +40,7 @@ def of_ranks(folder: Location, read_file: ReadFile) -> Container | None:
     if any(name.endswith(PART_ENDING) for name in names):
         raise FormatError(
             f"{printable(folder)} holds parts of a distributed checkpoint without its .metadata, which says what is in "
-            "them; copy that file too"
+            "them and is written last; copy that file too, or give an earlier step if the save did not finish"
         )
     if _any_like(_HF_SHARD, "shard-", names):
         from streammerge.formats import hf_storage

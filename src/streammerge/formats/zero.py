@@ -38,6 +38,8 @@ _MODEL = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<mp>\d+)_model_
 _OPTIM = re.compile(r"(?P<prefix>(?:bf16_)?zero_pp_rank_)(?P<rank>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt")
 _EXPERT = re.compile(r"(layer_\d+_)?expert_\d+_.*|expp_rank_\d+_.*")
 _STAGE = re.compile(r"layer_\d+-model_(\d+-)?(states|\d+-model_states)\.pt|layer_\d+-model.*\.pt")
+_EXPERT_LAYERS = ("ds_autoep_layers", "autoep_layers")
+"""What the model's states tell of experts that AutoEP has placed. At stage 3 no file has a name of its own for them."""
 _MOST_RANKS = 1 << 16
 _DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
 _CONVERT = "run DeepSpeed's `ds_to_universal.py` and give its output"
@@ -56,7 +58,11 @@ def read(folder: Location, read_file: ReadFile) -> Container:
         _refuse_others(names, where)
     try:
         reading = _Reading(folder, names, read_file)
-        return reading.universal() if (folder / UNIVERSAL).is_folder() else reading.partitioned()
+        if (folder / UNIVERSAL).is_folder():
+            return reading.universal()
+        if any(reading.states.get(key) for key in _EXPERT_LAYERS):
+            raise _of_experts(where)
+        return reading.partitioned()
     except StreammergeError:
         raise
     except _DAMAGE as error:
@@ -73,9 +79,13 @@ def _refuse_others(names: Iterable[str], where: str) -> None:
         if found and int(found["mp"]):
             raise FormatError(f"{where} is a DeepSpeed checkpoint with tensor parallelism, which is not read; {_CONVERT}")
         if _EXPERT.fullmatch(name):
-            raise FormatError(f"{where} is a DeepSpeed checkpoint of a mixture of experts, which is not read; {_CONVERT}")
+            raise _of_experts(where)
         if _STAGE.fullmatch(name):
             raise FormatError(f"{where} is a DeepSpeed checkpoint of a pipeline, which is not read; {_CONVERT}")
+
+
+def _of_experts(where: str) -> FormatError:
+    return FormatError(f"{where} is a DeepSpeed checkpoint of a mixture of experts, which is not read; {_CONVERT}")
 
 
 class _Flat:

@@ -22,6 +22,10 @@ _STALE = (
     r"(?i)(.*_)?optim(izer)?s?(?!_history)(_\w+)?|(lr_|opt_param_|param_)?sched(uler)?s?(_(states?|state_dict|g|d|disc|gen))?"
     r"|(grad|amp)_scaler(_state(_dict)?)?"
 )
+_MASTERS = (
+    r"fp32_groups(_flat)?|fp32_from_(fp16|float16)(_params|_groups)?|single_partition_of_fp32_groups|fp32_flat_groups"
+)
+"""The keys of an optimizer's copies of 16-bit weights in float32: DeepSpeed's, Megatron's, apex'."""
 _DEEPEST = 4
 _DATA_STATISTICS = r"(?i)(.*_)?stats"
 _LOSS_SCALER_KEYS = {"scale", "growth_factor", "loss_scale", "loss_scaler0"}
@@ -56,6 +60,16 @@ def states_elsewhere(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tu
             yield (*path, key), node, key, value
         else:
             yield from states_elsewhere(value, (*path, key))
+
+
+def masters_in(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yields the paths of an optimizer's copies of 16-bit weights in float32, in plain dicts below a node. A trainer that
+    loads them overwrites the weights."""
+    for key, value in node.items() if isinstance(node, dict) and len(path) < _DEEPEST else ():
+        if isinstance(key, str) and value and re.fullmatch(_MASTERS, key):
+            yield (*path, key)
+        else:
+            yield from masters_in(value, (*path, key))
 
 
 def bars(key: Any) -> bool:

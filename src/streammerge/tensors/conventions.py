@@ -143,7 +143,15 @@ PROGRESS = r"(?i)(.*_)?timestamp"
 FACTS: frozenset[str] = frozenset(("hash", "id", "sha256", "md5", "uuid"))
 """Keys whose value is true of one file only. A merge does not copy them from the first input."""
 
-CHECKSUM_FILES: tuple[str, ...] = ("checklist.chk", ".md5", ".sha256", ".sha512", "md5sums", "sha256sums")
+CHECKSUM_FILES: tuple[str, ...] = (
+    "checklist.chk",
+    ".md5",
+    ".sha256",
+    ".sha512",
+    "md5sums",
+    "sha256sums",
+    "integrity.json",  # Megatron, which refuses to load files that it does not describe
+)
 """Endings, in lower case, of files that hold checksums of the files beside them."""
 
 WEIGHT_FILES: tuple[tuple[str, str, str], ...] = (

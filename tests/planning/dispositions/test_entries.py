@@ -147,6 +147,20 @@ def test_a_kept_optimizer_is_the_first_inputs(tmp_path: Path) -> None:
     assert list(made) == ["model", "x"]
 
 
+@pytest.mark.parametrize("key", ["fp32_groups", "fp32_groups_flat", "fp32_from_fp16_params", "fp32_from_fp16"])
+def test_an_optimizer_with_the_weights_in_float32_is_not_kept(tmp_path: Path, key: str) -> None:
+    """DeepSpeed 0.19.8 without ZeRO in fp16, Megatron's legacy format and apex: loading it undoes the merge."""
+    state = {"optimizer_state_dict": OPTIMIZER, key: [[torch.ones(3)]]}
+    content = {"module": weights(1), "optimizer": state}
+    with pytest.raises(sm.RecipeError, match=rf"holds the weights in float32 \(optimizer\.{key}\), .* leave `keep_optim"):
+        merged(tmp_path, content, content, keep_optimizer=True)
+    made, _ = merged(tmp_path, content, content)
+    assert list(made) == ["module"]
+    content = {"module": weights(1), "optimizer": {"optimizer_state_dict": OPTIMIZER, key: []}}
+    made, _ = merged(tmp_path, content, content, keep_optimizer=True)
+    assert list(made) == ["module", "optimizer"]
+
+
 def test_the_optimizer_beside_a_copy_is_left_out(tmp_path: Path) -> None:
     content = {"model": weights(1), "average": {"ema": weights(1), "optimizer": OPTIMIZER}}
     made, _ = merged(tmp_path, content, content)

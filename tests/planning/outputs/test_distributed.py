@@ -240,6 +240,18 @@ def test_files_of_megatron_stay_beside_it(tmp_path: Path) -> None:
     assert made["decoder.layers.mlp.weight"].shape == (4, 3, 2)
 
 
+def test_checksums_of_megatrons_files_are_left_out(tmp_path: Path) -> None:
+    """megatron-core 0.19.2 writes integrity.json with verify_integrity, and then refuses files that differ from it."""
+    for name in ("a", "b"):
+        folder = dcp_maker.write(tmp_path / name, {"decoder.w": torch.randn(4, 3)})
+        (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+        (folder / "integrity.json").write_text('{"algorithm": "sha256", "files": {".metadata": "00"}}')
+    result = sm.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out/")
+    assert not (tmp_path / "out" / "integrity.json").exists()
+    assert (tmp_path / "out" / "metadata.json").is_file()
+    assert any("integrity.json (a checksum of the input's files)" in note for note in result.notes)
+
+
 def with_masters(folder: Path, seed: int, name: str = "optimizer.state.param.decoder.w") -> tuple[Path, torch.Tensor]:
     """Writes a checkpoint whose optimizer holds the weight in float32, as Megatron's does."""
     weight = torch.randn(70_001, 3, generator=torch.Generator().manual_seed(seed)).bfloat16()
@@ -283,3 +295,31 @@ def test_an_optimizers_buckets_of_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(sm.RecipeError, match=r"in buckets .* leave `keep_optimizer` out, or save"):
         sm.merge(paths, tmp_path / "out/", keep_optimizer=True)
     sm.merge(paths, tmp_path / "out/")
+
+
+def cut_masters(folder: Path) -> Path:
+    """Writes a weight of two layers that two ranks hold, and its copy as megatron-core 0.14 stores it with the sharding
+    type fully_sharded_model_space: the layer, the pieces along each axis, and the elements of a piece."""
+    tensors = {
+        "decoder.w": torch.randn(2, 4, 3).bfloat16(),
+        "optimizer.state.fp32_param.decoder.w": torch.randn(2, 2, 1, 6),
+    }
+    return dcp_maker.write(folder, tensors, ranks=2)
+
+
+def gathered_masters(folder: Path) -> Path:
+    """Writes the copies as megatron-core 0.14 does with the sharding type dp_zero_gather_scatter, NeMo 2's default."""
+    name = "optimizer.distributed.dp_group_idx_0.param_state/shard_0_1"
+    state = [{"per_bucket_numel": [24], 0: {"param": torch.randn(24), "exp_avg": torch.randn(24)}}]
+    return dcp_maker.write(folder, {"decoder.w": torch.randn(2, 4, 3).bfloat16()}, objects={name: state})
+
+
+@pytest.mark.parametrize(
+    ("made", "how"), [(cut_masters, "in pieces of its ranks"), (gathered_masters, "in one object")], ids=["cut", "gathered"]
+)
+def test_an_optimizers_weights_in_another_form_are_refused(tmp_path: Path, made: Any, how: str) -> None:
+    paths = [made(tmp_path / name) for name in ("a", "b")]
+    with pytest.raises(sm.RecipeError, match=f"holds the weights in float32 {how} .* leave `keep_optimizer` out, or save"):
+        sm.merge(paths, tmp_path / "out/", keep_optimizer=True)
+    sm.merge(paths, tmp_path / "out/")
+    assert by_torch(tmp_path / "out", tmp_path / "out.pth").keys() == {"decoder.w"}

@@ -19,7 +19,14 @@ from streammerge.methods.registry import COPY
 from streammerge.pickles.candidates import Candidate, Found, dotted, inside
 from streammerge.pickles.copies import Originals, node_at, numbers_outside, outside, tensor_at, trail, unread_outside
 from streammerge.pickles.state_dict import Selection
-from streammerge.pickles.training_state import bars, is_measurement, is_record, is_training_state, states_elsewhere
+from streammerge.pickles.training_state import (
+    bars,
+    is_measurement,
+    is_record,
+    is_training_state,
+    masters_in,
+    states_elsewhere,
+)
 from streammerge.pickles.tree import MISSING, FieldName, TensorRef, mapping_items, number, walk
 from streammerge.planning.dispositions.ledger import Fate
 from streammerge.recipe.model import Recipe, Reference
@@ -147,6 +154,11 @@ class _Deciding:
         entries.foreign += dict.fromkeys(candidate.label for candidate in self._foreign())
         if not self.recipe.output.keep_optimizer:
             entries.drops += self._training_state()
+        elif (path := next(masters_in(self.first.extras), None)) is not None:
+            raise RecipeError(
+                f"{printable(self.first.path)}: the optimizer holds the weights in float32 ({_shown(path)}), from which "
+                "training would go on instead of from the merge; leave `keep_optimizer` out"
+            )
         if self.lent:
             single = [".".join(map(str, path)) for path, _ in outside(self.first.extras, self.taken)]
             entries.told |= {LENT: single} if single else {}

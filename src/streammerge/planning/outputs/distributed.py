@@ -17,7 +17,7 @@ from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import dcp_writer
 from streammerge.formats.base import LayoutFile
 from streammerge.formats.dcp import BESIDE, Saved
-from streammerge.formats.dcp_names import is_optimizer_item, weight_of_master
+from streammerge.formats.dcp_names import is_cut_master, is_optimizer_item, weight_of_master
 from streammerge.formats.dcp_writer import Piece, Whole
 from streammerge.pickles.training_state import is_training_state
 from streammerge.planning.aligned import Merged
@@ -32,8 +32,14 @@ from streammerge.stores.base import Location
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import TensorSpec
 
-_BUCKET = re.compile(r".*\.bucket_idx_\d+\.param")
-"""An optimizer's copies in float32 of many weights, one behind the other, as Megatron calls them."""
+_MANY = (
+    (re.compile(r".*\.bucket_idx_\d+\.param"), "in buckets"),
+    (re.compile(r".*\.param_state(/shard_[\d._]+)?"), "in one object"),
+)
+"""An optimizer's copies in float32 of many weights as Megatron calls them, and how they lie: one behind the other
+(``dp_reshardable``), or all in one object (``dp_zero_gather_scatter``, which NeMo 2 writes)."""
+_CUT = "in pieces of its ranks"
+"""How the copy of one weight lies that is cut into flat pieces (``fully_sharded_model_space`` until Megatron 0.15)."""
 
 
 def is_distributed(recipe: Recipe, part: CheckpointIndex) -> bool:
@@ -173,17 +179,25 @@ class _Contents:
         Training would go on from these copies, so they must not be the first input's. Raises RecipeError for copies whose
         weights are not known.
         """
-        entry = self.saved.metadata.tensors.get(name)
-        if entry is None or not self._is_state(name):
+        if not self._is_state(name):
             return None
-        if _BUCKET.fullmatch(name):
-            raise RecipeError(
-                f"{self.saved.home.where}: the optimizer holds the weights in float32 in buckets ({printable(name)}), from "
-                "which training would go on instead of from the merge; leave `keep_optimizer` out, or save the checkpoint "
-                "with Megatron's option dist-ckpt-optim-fully-reshardable"
-            )
+        for pattern, how in _MANY:
+            if pattern.fullmatch(name):
+                raise self._other_form(name, how)
+        entry = self.saved.metadata.tensors.get(name)
+        if entry is None:
+            return None
         weight = weight_of_master(name, entry, shapes)
+        if weight is None and is_cut_master(name, entry, shapes):
+            raise self._other_form(name, _CUT)
         return None if weight is None or self.merged[weight].spec.dtype.kind != "float" else self.merged[weight]
+
+    def _other_form(self, name: str, how: str) -> RecipeError:
+        return RecipeError(
+            f"{self.saved.home.where}: the optimizer holds the weights in float32 {how} ({printable(name)}), from "
+            "which training would go on instead of from the merge; leave `keep_optimizer` out, or save the checkpoint "
+            "with Megatron's option dist-ckpt-optim-fully-reshardable"
+        )
 
     def _add_master(self, name: str, m: Merged) -> None:
         """Adds the merge in float32, so that the weight beside it is this number rounded."""
