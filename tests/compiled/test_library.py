@@ -21,7 +21,7 @@ def test_version_and_functions_are_those_of_the_source() -> None:
     text = SOURCE.read_text()
     assert f"#define VERSION {library.VERSION} " in text
     for name, arguments in library._FUNCTIONS.items():
-        declared = text.partition(f"void streammerge_{name}(")[2].partition(")")[0]
+        declared = text.partition(f" streammerge_{name}(")[2].partition(")")[0]
         assert declared.count(",") + 1 == len(arguments)
 
 
