@@ -23,6 +23,8 @@ enum { F64, F32, BF16, F16 };
 typedef double LOOSE loose_double;
 typedef float LOOSE loose_float;
 typedef uint16_t LOOSE loose_half;
+typedef double LOOSE quad __attribute__((vector_size(32)));
+typedef float LOOSE octet __attribute__((vector_size(32)));
 
 static const int64_t SIZES[] = {8, 4, 2, 2};
 
@@ -106,40 +108,39 @@ CLONES static int store_f64(const double *restrict in, loose_double *restrict ou
     return most >= (uint64_t)0x7ff00000 << 32;
 }
 
-CLONES static int store_f32(const double *restrict in, loose_float *restrict out, int64_t elems) {
-    uint32_t most = 0;
-    for (int64_t i = 0; i < elems; i++) {
-        float value = (float)in[i];
-        uint32_t magnitude = as_bits(value) & 0x7fffffff;
-        most = magnitude > most ? magnitude : most;
-        out[i] = value;
-    }
-    return most >= 0x7f800000;
+/* The bits of a bfloat16. */
+static inline uint16_t to_bf16(uint32_t bits) { return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16); }
+
+/* The bits of a half. Adding half to a float whose last bit is worth 2^-24 rounds to a subnormal one. */
+static inline uint16_t to_half(uint32_t bits) {
+    uint32_t magnitude = bits & 0x7fffffff, sign = bits >> 16 & 0x8000;
+    uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - (126u << 23);
+    uint32_t normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+    return (uint16_t)((magnitude < 113u << 23 ? subnormal : normal) | sign);
 }
 
-CLONES static int store_bf16(const double *restrict in, loose_half *restrict out, int64_t elems) {
-    uint32_t most = 0;
-    for (int64_t i = 0; i < elems; i++) {
-        uint32_t bits = as_bits((float)in[i]), magnitude = bits & 0x7fffffff;
-        most = magnitude > most ? magnitude : most;
-        out[i] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-    }
-    return most >= 0x7f7f8000; /* the least float that is rounded to infinity */
-}
+/* The least magnitudes that are rounded to infinity. */
+#define INFINITE_BF16 0x7f7f8000
+#define INFINITE_HALF 0x477ff000 /* 65520 */
 
-/* Adding half to a float whose last bit is worth 2^-24 rounds to a subnormal half. */
-CLONES static int store_f16(const double *restrict in, loose_half *restrict out, int64_t elems) {
-    uint32_t most = 0;
-    for (int64_t i = 0; i < elems; i++) {
-        uint32_t bits = as_bits((float)in[i]), magnitude = bits & 0x7fffffff, sign = bits >> 16 & 0x8000;
-        uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - (126u << 23);
-        uint32_t normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
-        uint32_t made = magnitude < 113u << 23 ? subnormal : normal;
-        most = magnitude > most ? magnitude : most;
-        out[i] = (uint16_t)(made | sign);
+/* Stores numbers of a type that are converted to float32 first. */
+#define STORE(NAME, FROM, TO, CONVERT, INFINITE)                                                                   \
+    CLONES static int NAME(const FROM *restrict in, TO *restrict out, int64_t elems) {                             \
+        uint32_t most = 0;                                                                                         \
+        for (int64_t i = 0; i < elems; i++) {                                                                      \
+            uint32_t bits = as_bits((float)in[i]), magnitude = bits & 0x7fffffff;                                  \
+            most = magnitude > most ? magnitude : most;                                                            \
+            out[i] = CONVERT(bits);                                                                                \
+        }                                                                                                          \
+        return most >= INFINITE;                                                                                   \
     }
-    return most >= 0x477ff000; /* 65520, the least number that is rounded to infinity */
-}
+
+STORE(store_f32, double, loose_float, as_float, 0x7f800000)
+STORE(store_bf16, double, loose_half, to_bf16, INFINITE_BF16)
+STORE(store_f16, double, loose_half, to_half, INFINITE_HALF)
+STORE(single_to_f32, float, loose_float, as_float, 0x7f800000)
+STORE(single_to_bf16, float, loose_half, to_bf16, INFINITE_BF16)
+STORE(single_to_f16, float, loose_half, to_half, INFINITE_HALF)
 
 CLONES static void widen(const float *restrict in, double *restrict out, int64_t elems) {
     for (int64_t i = 0; i < elems; i++) out[i] = in[i];
@@ -152,6 +153,16 @@ static int store(const double *in, void *out, int32_t dtype, int64_t begin, int6
     case F32: return store_f32(in, (loose_float *)into, elems);
     case BF16: return store_bf16(in, (loose_half *)into, elems);
     default: return store_f16(in, (loose_half *)into, elems);
+    }
+}
+
+/* Not for F64. */
+static int store_single(const float *in, void *out, int32_t dtype, int64_t begin, int64_t elems) {
+    char *into = (char *)out + begin * SIZES[dtype];
+    switch (dtype) {
+    case F32: return single_to_f32(in, (loose_float *)into, elems);
+    case BF16: return single_to_bf16(in, (loose_half *)into, elems);
+    default: return single_to_f16(in, (loose_half *)into, elems);
     }
 }
 
@@ -229,7 +240,6 @@ void streammerge_sums(
 
 /* So many lanes are held in vector registers. */
 #define HELD 32
-typedef double LOOSE quad __attribute__((vector_size(32)));
 
 static double joined(double *lanes) {
     for (int half = LANES / 2; half; half /= 2)
@@ -369,6 +379,19 @@ static void choose(
     }
 }
 
+/* Returns the bits of 8 flags, the first in the highest. */
+static inline uint8_t packed(const uint8_t *flags) {
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    uint64_t all; /* each flag is moved to its place in the highest byte; no two meet elsewhere */
+    memcpy(&all, flags, sizeof all);
+    return (uint8_t)(all * 0x8040201008040201 >> 56);
+#else
+    unsigned bits = 0;
+    for (int i = 0; i < 8; i++) bits = bits << 1 | flags[i];
+    return (uint8_t)bits;
+#endif
+}
+
 /* As choose, a bit for each element, the first of 8 in the highest bit of a byte. */
 void streammerge_choose_bits(
     uint32_t first, uint32_t one, uint32_t two, int32_t last, uint32_t limit, const uint32_t *limits, uint8_t *bits,
@@ -378,11 +401,7 @@ void streammerge_choose_bits(
         int64_t n = elems - begin < HASHED ? elems - begin : HASHED;
         memset(flags, 0, sizeof flags);
         choose(first + (uint32_t)begin, one, two, last, limit, limits ? limits + begin : limits, flags, n);
-        uint8_t *into = bits + begin / 8;
-        for (int64_t i = 0; i < (n + 7) / 8; i++) {
-            const uint8_t *f = flags + 8 * i;
-            into[i] = (uint8_t)(f[0] << 7 | f[1] << 6 | f[2] << 5 | f[3] << 4 | f[4] << 3 | f[5] << 2 | f[6] << 1 | f[7]);
-        }
+        for (int64_t i = 0; i < (n + 7) / 8; i++) bits[begin / 8 + i] = packed(flags + 8 * i);
     }
 }
 
@@ -407,20 +426,15 @@ void streammerge_choose_rows(
 CLONES void streammerge_mask_f32(
     float *restrict values, const uint8_t *restrict bits, const float *restrict table, int64_t elems) {
     int64_t i = 0;
-    for (; i + 8 <= elems; i += 8) {
-        const float *each = table + 8 * bits[i / 8];
-        for (int j = 0; j < 8; j++) values[i + j] *= each[j];
-    }
+    for (; i + 8 <= elems; i += 8) *(octet *)(values + i) *= *(const octet *)(table + 8 * bits[i / 8]);
     for (; i < elems; i++) values[i] *= table[8 * bits[i / 8] + i % 8];
 }
 
 CLONES void streammerge_mask_f64(
     double *restrict values, const uint8_t *restrict bits, const double *restrict table, int64_t elems) {
     int64_t i = 0;
-    for (; i + 8 <= elems; i += 8) {
-        const double *each = table + 8 * bits[i / 8];
-        for (int j = 0; j < 8; j++) values[i + j] *= each[j];
-    }
+    for (; i + 8 <= elems; i += 8)
+        for (int j = 0; j < 8; j += 4) *(quad *)(values + i + j) *= *(const quad *)(table + 8 * bits[i / 8] + j);
     for (; i < elems; i++) values[i] *= table[8 * bits[i / 8] + i % 8];
 }
 
@@ -504,16 +518,6 @@ CLONES static void at_least(float *restrict a, float least, int64_t elems) {
     for (int64_t i = 0; i < elems; i++) a[i] = least > 0 ? (a[i] < least ? least : a[i]) : a[i] + (a[i] == 0 ? 1.0f : 0.0f);
 }
 
-CLONES static int store_single(const float *restrict in, loose_float *restrict out, int64_t elems) {
-    uint32_t most = 0;
-    for (int64_t i = 0; i < elems; i++) {
-        uint32_t magnitude = as_bits(in[i]) & 0x7fffffff;
-        most = magnitude > most ? magnitude : most;
-        out[i] = in[i];
-    }
-    return most >= 0x7f800000;
-}
-
 /* Writes base + scale * (the sum of the weighted differences / divisor), rounded; with elects, only those summed that have
    the sign of the sum, and with normalizes divided by the sum of their weights, at least `least` if that is above 0.
    Returns whether a result is not finite.
@@ -525,7 +529,6 @@ int32_t streammerge_differences(
     const uint8_t *const *bits, const float *tables, const float *factors, const float *weights, int32_t elects,
     int32_t normalizes, float least, float divisor, float scale, void *out, int32_t out_dtype, float *rows) {
     float *of_base = rows + models * SUMMED, *signs = of_base + SUMMED, *votes = signs + SUMMED, *total = rows;
-    double wide[SUMMED];
     int odd = 0;
     for (int64_t begin = 0; begin < elems; begin += SUMMED) {
         int64_t n = elems - begin < SUMMED ? elems - begin : SUMMED;
@@ -556,12 +559,7 @@ int32_t streammerge_differences(
         } else if (divisor != 1) divide_single(total, divisor, n);
         multiply_single(total, scale, n);
         add_single(total, of_base, n);
-        if (out_dtype == F32) {
-            odd |= store_single(total, (loose_float *)((char *)out + begin * 4), n);
-        } else {
-            widen(total, wide, n);
-            odd |= store(wide, out, out_dtype, begin, n);
-        }
+        odd |= store_single(total, out, out_dtype, begin, n);
     }
     return odd;
 }

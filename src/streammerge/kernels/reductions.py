@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 from streammerge.compiled.numbers import known
 from streammerge.compiled.products import Products
@@ -27,14 +27,9 @@ _MOST_AT_ONCE = 64
 """Sources whose products compiled functions sum. The memory of more would be worth a term in the budget."""
 
 
-@runtime_checkable
-class Adding(Protocol):
-    """A look that can add the sums of a chunk's terms by compiled functions."""
-
-    def add_to(self, totals: list[float], chunk: Chunk, grain: int, /) -> list[float] | None:
-        """Returns the totals with the sums of the grains of a chunk, in the order of :class:`_Sums`. ``totals``: empty
-        before the first chunk. None if compiled functions cannot make them."""
-        ...
+AddTo = Callable[[list[float], "Chunk", int], "list[float] | None"]
+"""The ``add_to`` that a look may have: (totals, chunk, grain) -> the totals with the sums of the chunk's terms, grain by
+grain, in the order of :class:`_Sums`, by compiled functions. None if these cannot. Totals are empty at first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +43,7 @@ class _Sums:
 
     def __call__(self, look: Look, chunks: Iterable[Chunk]) -> list[torch.Tensor]:
         totals: list[torch.Tensor] = []
-        adds = look.add_to if isinstance(look, Adding) else None
+        adds: AddTo | None = getattr(look, "add_to", None)
         for whole in chunks:
             added = None if adds is None else adds([total.item() for total in totals], whole, self.grain)
             if added is None:

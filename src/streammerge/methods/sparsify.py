@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from streammerge.compiled.differences import add_magnitudes
 from streammerge.compiled.library import address, library
@@ -45,11 +45,8 @@ class Mask(NamedTuple):
     factor: float = 1.0
 
 
-@runtime_checkable
-class Masking(Protocol):
-    """A sparsifier that may know its mask before it sees the delta."""
-
-    def mask(self, chunk: Chunk, model: int, /) -> Mask | None: ...
+MaskOf = Callable[[Chunk, int], "Mask | None"]
+"""The ``mask`` that a sparsifier may have: (chunk, model) -> its mask, if it is known without the delta."""
 
 
 def check_density(values: Values) -> None:

@@ -23,7 +23,7 @@ from streammerge.methods.contracts import PerModel, Values, merge_method
 from streammerge.methods.linear import scaled
 from streammerge.methods.sparsify import (
     Keep,
-    Masking,
+    MaskOf,
     Sparsify,
     bernoulli,
     bernoulli_in,
@@ -63,6 +63,7 @@ class _Mixed:
 
     def __init__(self, sparsify: Sparsify, weight: Sequence[float], elect: bool, normalize: bool, scale: float) -> None:
         self._sparsify, self._weight, self._scale = sparsify, weight, scale
+        self._mask_of: MaskOf | None = getattr(sparsify, "mask", None)
         self._elect, self._normalize = elect, normalize
         self._divisor = _divisor(weight, normalize)
         self._compiled: tuple[list[float], Differences] | None = None
@@ -85,14 +86,16 @@ class _Mixed:
 
     def put(self, chunk: Chunk, out: torch.Tensor) -> bool:
         """Writes the rounded result by compiled functions. Returns whether it is done, and all of it is finite."""
-        sparsify, out_dtype = self._sparsify, dtype_of(out)
-        if not isinstance(sparsify, Masking) or out_dtype == DType.F64 or not known([out_dtype]):
+        if self._mask_of is None:
+            return False
+        out_dtype, count = dtype_of(out), len(self._weight)
+        if out_dtype == DType.F64 or not known([out_dtype]):
             return False
         held = single_held(chunk)
         if held is None:
             return False
-        masks = [mask for model in range(len(self._weight)) if (mask := sparsify.mask(chunk, model)) is not None]
-        if len(masks) < len(self._weight):
+        masks = [mask for model in range(count) if (mask := self._mask_of(chunk, model)) is not None]
+        if len(masks) < count:
             return False
         base, models = held[0], held[1:]
         compiled = self._differences([mask.factor for mask in masks])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from streammerge.errors import StreammergeError, TaskError, printable
 from streammerge.kernels.agreed import finite
@@ -35,15 +35,6 @@ class Sources(Numbers, Protocol):
 
     def move_to(self, start: int, stop: int, /) -> None: ...
     def stays(self, source: int, /) -> bool: ...
-
-
-@runtime_checkable
-class Putting(Protocol):
-    """A kernel that may round its result by compiled functions."""
-
-    def put(self, chunk: Chunk, out: torch.Tensor, /) -> bool:
-        """Writes the result of a chunk. Returns whether it is done, and all of it is finite."""
-        ...
 
 
 def no_sweep(look: Look, step: Step[T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
@@ -112,6 +103,8 @@ class KernelMaker:
         taking: Taking | None = None,
     ) -> None:
         self.task, self.kernel = task, kernel
+        self._puts: Callable[[Chunk, torch.Tensor], bool] | None = getattr(kernel, "put", None)
+        """Rounds the kernel's result into memory by compiled functions. Returns whether it is done, and all is finite."""
         self.nonfinite: dict[str, int] = {}
         self._source, self._workspace, self._chunk_elems, self._taking = source, workspace, chunk_elems, taking
 
@@ -128,7 +121,7 @@ class KernelMaker:
         chunk, dtype = self.chunk(start, stop), self.task.out.dtype.component
         part = outgoing.room(chunk.elems * dtype.element_bytes)
         out = torch.frombuffer(part, dtype=dtype.torch)
-        if not (isinstance(self.kernel, Putting) and self.kernel.put(chunk, out)):
+        if self._puts is None or not self._puts(chunk, out):
             result = self.kernel(chunk)
             if result.numel() != chunk.elems:
                 raise ValueError(f"its kernel made {result.numel()} numbers of a chunk of {chunk.elems}")
