@@ -99,6 +99,8 @@ def test_what_it_cannot_take_is_left_to_torch() -> None:
     kernel = kernel_of(wide, "dare_linear", {})
     assert isinstance(kernel, _Mixed)
     assert not put(wide, kernel, torch.float64)[1]
+    many = group_of(17, 100, torch.float32)
+    assert not put(many, kernel_of(many, "task_arithmetic", {"weight": [0.5] * 17}), torch.float32)[1]
     group = group_of(2, 100, torch.float32)
     assert not put(group, kernel_of(group, "ties", {}), torch.float32)[1]
     assert not put(group, kernel_of(group, "dare_linear", {}), torch.float64)[1]

@@ -49,6 +49,10 @@ if TYPE_CHECKING:
     from streammerge.kernels.batch import Batch
 
 
+_MOST_AT_ONCE = 16
+"""Models that compiled functions merge. Their masks are held together: those of more would be worth a term in the budget."""
+
+
 def _merge(
     group: TensorGroup, sparsify: Sparsify, weight: Sequence[float], *, elect: bool, normalize: bool, scale: float
 ) -> Kernel:
@@ -89,7 +93,7 @@ class _Mixed:
         if self._mask_of is None:
             return False
         out_dtype, count = dtype_of(out), len(self._weight)
-        if out_dtype == DType.F64 or not known([out_dtype]):
+        if count > _MOST_AT_ONCE or out_dtype == DType.F64 or not known([out_dtype]):
             return False
         held = single_held(chunk)
         if held is None:
