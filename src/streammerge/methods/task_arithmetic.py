@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 
 _MOST_AT_ONCE = 16
-"""Models that compiled functions merge. Their masks are held together: those of more would be worth a term in the budget."""
+"""Models that compiled functions merge. Their masks are held together. More would be worth a term in the budget."""
 
 
 def _merge(
