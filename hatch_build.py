@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import runpy
-import sysconfig
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,13 @@ class ReadmeHook(MetadataHookInterface):
         metadata["readme"] = {"content-type": "text/markdown", "text": description(text, source)}
 
 
+def _platform() -> str:
+    """Returns this machine's platform as installers compare it, without what a release of Linux must offer."""
+    from packaging.tags import sys_tags  # hatchling needs it too
+
+    return next(tag.platform for tag in sys_tags() if "manylinux" not in tag.platform and "musllinux" not in tag.platform)
+
+
 class CompiledHook(BuildHookInterface[Any]):
     """Compiles ``arithmetic.c`` and puts the library into the wheel. Without a compiler, the wheel does without it.
 
@@ -58,11 +65,12 @@ class CompiledHook(BuildHookInterface[Any]):
         library = source.with_suffix(".so")
         failed = runpy.run_path(str(source.with_name("build.py")))["compile_library"](source, library)
         if failed:
-            library.unlink(missing_ok=True)  # of an earlier version
+            with suppress(OSError):
+                library.unlink()  # of an earlier version
             if wanted == "1":
                 raise RuntimeError(f"{source.name} cannot be compiled: {failed}")
             self.app.display_warning(f"{source.name} is not compiled, so sums take more time: {failed}")
             return
         build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-{re.sub('[-.]', '_', sysconfig.get_platform())}"
+        build_data["tag"] = f"py3-none-{_platform()}"
         build_data["artifacts"].append(f"src/streammerge/compiled/{library.name}")

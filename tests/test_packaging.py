@@ -36,6 +36,10 @@ def test_the_wheel_holds_modules_schema_examples_and_types(wheel: Path) -> None:
     assert modules <= names
     assert {"streammerge/py.typed", "streammerge/recipe.schema.json", "streammerge/examples/ties.yaml"} <= names
     assert any(name.endswith("/licenses/LICENSE") for name in names)
+    compiled = shutil.which("cc") is not None
+    assert ("streammerge/compiled/arithmetic.so" in names) is compiled
+    assert wheel.name.endswith("-py3-none-any.whl") is not compiled
+    assert not [name for name in names if name.endswith(".c")]
     assert not [name for name in names if "tests" in name or name.endswith((".pyc", ".pth"))]
 
 
@@ -58,9 +62,13 @@ def test_the_wheel_describes_itself(wheel: Path) -> None:
 def test_links_lead_to_the_repository_when_it_has_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     interface = types.ModuleType("hatchling.metadata.plugin.interface")
     interface.MetadataHookInterface = object  # type: ignore[attr-defined]
-    for name in ("hatchling", "hatchling.metadata", "hatchling.metadata.plugin"):
+    builder = types.ModuleType("hatchling.builders.hooks.plugin.interface")
+    builder.BuildHookInterface = list  # type: ignore[attr-defined]  # a class that takes a parameter
+    parents = ("builders", "builders.hooks", "builders.hooks.plugin", "metadata", "metadata.plugin")
+    for name in ("hatchling", *(f"hatchling.{parent}" for parent in parents)):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, interface.__name__, interface)  # only the build's own environment has it
+    for each in (interface, builder):
+        monkeypatch.setitem(sys.modules, each.__name__, each)  # only the build's own environment has it
     description = runpy.run_path(str(ROOT / "hatch_build.py"))["description"]
 
     readme = "[a](b.md), [c](https://d), [e](#f)\n\n![g](h.svg)\n\ni\n"

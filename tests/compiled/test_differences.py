@@ -25,6 +25,8 @@ MERGES: list[tuple[str, dict[str, Any]]] = [
     ("dare_ties", {"normalize": True}),
     ("dare_ties", {"normalize": True, "weight": [1.0, -0.5, 0.2]}),
     ("dare_ties", {"normalize": True, "weight": [0.0, 1.0, 0.0]}),
+    ("dare_ties", {"normalize": True, "weight": [1.0, 1e-50, 1e-40]}),
+    ("dare_ties", {"normalize": True, "weight": [1.0, -1e-50, 0.5]}),
 ]
 
 
@@ -52,7 +54,7 @@ def put(group: TensorGroup, kernel: Any, dtype: torch.dtype) -> tuple[torch.Tens
     out = torch.empty(group.elems, dtype=dtype)
 
     def step(look: Any, chunks: Any) -> list[bool]:
-        return [kernel.put(chunk, out[chunk.start : chunk.stop]) for chunk in chunks]
+        return [kernel.put_compiled(chunk, out[chunk.start : chunk.stop]) for chunk in chunks]
 
     done = [each for piece in group.sweep(lambda chunk: [], step, 0, group.elems) for each in piece]
     return out, all(done)

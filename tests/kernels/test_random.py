@@ -86,7 +86,7 @@ def below(
     return torch.from_numpy(np.unpackbits(bits, count=count)).float()
 
 
-@pytest.mark.parametrize("chance", [0.5, 0.25, 0.3, 2.0**-24, 1e-9, 1 - 2.0**-24, 1 - 1e-9, 0.0, 1.0])
+@pytest.mark.parametrize("chance", [1.5, 0.5, 0.25, 0.3, 2.0**-24, 1e-9, 1 - 2.0**-24, 1 - 1e-9, 0.0, 1.0])
 @pytest.mark.sampled(2)
 def test_those_below_a_chance_are_chosen(chance: float) -> None:
     numbers, start, count = draw(2 * GRAIN, start=11), 11, 2 * GRAIN

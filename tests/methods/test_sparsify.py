@@ -160,3 +160,22 @@ def test_a_mask_multiplies_as_it_would_number_by_number(elems: int) -> None:
         sparsify._multiply(found, packed, table, torch.empty(elems))
         assert torch.equal(found.nan_to_num(7e7), wanted.nan_to_num(7e7))
         assert torch.equal(found.signbit() & ~found.isnan(), wanted.signbit() & ~wanted.isnan())
+
+
+def test_rows_whose_grains_are_no_whole_bytes_of_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = torch.zeros(3 * (GRAIN // 3) * 3)
+    model = torch.randn(len(base), generator=torch.Generator().manual_seed(1))
+    made = []
+    for elems in (4 * GRAIN, GRAIN):  # several grains in a chunk, and one
+        group = TensorGroup.of(model, base=base, row=3, chunk_elems=elems)
+        apply = sparsify.rescaled(group, sparsify.bernoulli(group, [0.3]))
+        made.append(group.merged(lambda chunk, apply=apply: apply(chunk, 0, chunk.delta(0))))
+    assert torch.equal(*made)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_masks_of_other_dtypes(dtype: torch.dtype) -> None:
+    delta, bits = torch.ones(3000).to(dtype), np.packbits(np.arange(3000) % 3 == 0)
+    table = (torch.from_numpy(sparsify._of_bytes(torch.float64 if dtype.itemsize == 8 else torch.float32)) * 2).numpy()
+    sparsify._multiply(delta, bits, table, torch.empty(3000, dtype=torch.float64 if dtype.itemsize == 8 else torch.float32))
+    assert torch.equal(delta, (torch.arange(3000) % 3 == 0).to(dtype) * 2)

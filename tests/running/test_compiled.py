@@ -104,3 +104,19 @@ def test_what_is_measured_is_the_same(io: str, paths: list[Path], tmp_path: Path
     assert found[0]["made"] == found[1]["made"]
     apart = {"made": 0, "samples": 0}
     assert {**found[0], **apart} == {**found[1], **apart}
+
+
+def test_a_sample_beside_infinities_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    for number, path in enumerate(files):
+        long = torch.randn(1200, 1000, generator=torch.Generator().manual_seed(number))
+        long[::50, 7] = math.inf  # all have it, so most chunks are settled by torch
+        save_file({"long": long}, path)
+    found = []
+    for name in ("with", "without"):
+        out = tmp_path / f"{name}.safetensors"
+        sm.merge(files, out, statistics=True, io="mmap", allow_nonfinite=True)
+        found.append(json.loads(Path(f"{out}.statistics.json").read_text())["distances"])
+        monkeypatch.setattr(library, "_loaded", lambda: None)
+    assert found[0] == found[1]
+    assert "0.8" in str(found[0])

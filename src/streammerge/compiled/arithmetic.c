@@ -234,7 +234,7 @@ void streammerge_sums(
 
 /* ---- sums of many numbers ---- */
 
-/* A sum of numbers is made in this order on every machine: number i is added to the sum i % LANES, and then the upper half
+/* A sum of numbers is made in this order on every machine: number i is added to the sum i % LANES, which begins with 0. Then the upper half
    of the sums is added to the lower half, until one is left. */
 #define LANES 256
 
@@ -247,17 +247,14 @@ static double joined(double *lanes) {
     return lanes[0];
 }
 
-/* Adds numbers to the lanes, or begins with them if begun is 0. They begin with the lane 0. */
+/* Adds numbers to the lanes, which begin anew if begun is 0. The first belongs to the lane 0. */
 CLONES static void add_f64(double *restrict lanes, const loose_double *restrict in, int begun, int64_t elems) {
-    int64_t whole = elems / LANES * LANES, first = 0;
-    if (!begun && whole) {
-        memcpy(lanes, in, LANES * sizeof(double));
-        first = LANES;
-    } else if (!begun) memset(lanes, 0, LANES * sizeof(double));
-    for (int64_t held = 0; first < whole && held < LANES; held += HELD) {
+    int64_t whole = elems / LANES * LANES;
+    if (!begun) memset(lanes, 0, LANES * sizeof(double));
+    for (int64_t held = 0; whole && held < LANES; held += HELD) {
         quad sums[HELD / 4];
         memcpy(sums, lanes + held, sizeof sums);
-        for (int64_t i = first; i < whole; i += LANES)
+        for (int64_t i = 0; i < whole; i += LANES)
             for (int j = 0; j < HELD / 4; j++) sums[j] += *(const quad *)(in + i + held + 4 * j);
         memcpy(lanes + held, sums, sizeof sums);
     }
@@ -266,15 +263,12 @@ CLONES static void add_f64(double *restrict lanes, const loose_double *restrict 
 
 /* The same with the products of two rows, each rounded. */
 CLONES static void add_products(double *restrict lanes, const double *a, const double *b, int begun, int64_t elems) {
-    int64_t whole = elems / LANES * LANES, first = 0;
-    if (!begun && whole) {
-        for (int j = 0; j < LANES; j++) lanes[j] = a[j] * b[j];
-        first = LANES;
-    } else if (!begun) memset(lanes, 0, LANES * sizeof(double));
-    for (int64_t held = 0; first < whole && held < LANES; held += HELD) {
+    int64_t whole = elems / LANES * LANES;
+    if (!begun) memset(lanes, 0, LANES * sizeof(double));
+    for (int64_t held = 0; whole && held < LANES; held += HELD) {
         quad sums[HELD / 4];
         memcpy(sums, lanes + held, sizeof sums);
-        for (int64_t i = first; i < whole; i += LANES)
+        for (int64_t i = 0; i < whole; i += LANES)
             for (int j = 0; j < HELD / 4; j++) {
                 int64_t at = i + held + 4 * j;
                 sums[j] += *(const quad *)(a + at) * *(const quad *)(b + at);

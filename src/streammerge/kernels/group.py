@@ -171,7 +171,7 @@ class TensorGroup:
                     lambda source, start, stop: flat[source][start:stop],
                     base is not None,
                     len(models),
-                    stays=lambda source: True,
+                    stays=lambda source: flat[source].device.type == "cpu" and not flat[source].is_neg(),
                 )
 
         def sweep(look: Look, step: Step[T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:

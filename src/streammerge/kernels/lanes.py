@@ -1,7 +1,8 @@
 """Sums of many numbers in float64, in one order on every machine.
 
-Number i is added to the sum ``i % LANES``. Then the upper half of these sums is added to the lower half, until one is left.
-Vector instructions of any width add in this order. The sums of torch depend on the width that it was compiled for.
+Number i is added to the sum ``i % LANES``, which begins with 0. Then the upper half of the sums is added to the lower one,
+until one is left. Vector instructions of any width add in this order. The sums of torch depend on the width that it was
+compiled for.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def row_sums(rows: torch.Tensor) -> torch.Tensor:
     """Returns the sum of each row of a matrix of floating-point numbers, in float64."""
     import torch
 
+    rows = rows.detach().cpu().resolve_neg()
     compiled, code = library(), CODES.get(dtype_of(rows))
     if compiled is None or code is None or not rows.is_contiguous():
         return torch.from_numpy(_row_sums(rows))
@@ -50,7 +52,7 @@ def _row_sums(rows: torch.Tensor) -> Array:
     step = max(_AT_ONCE // max(count, 1) // LANES, 1) * LANES if rows.dtype != torch.float64 else max(whole, 1)
     with np.errstate(all="ignore"):
         for start, stop in ranges(whole, step):
-            part = rows[:, start:stop].double().numpy().reshape(count, -1, LANES)
+            part = rows[:, start:stop].double().numpy().reshape(count, (stop - start) // LANES, LANES)
             if start:  # the first of these is added to the sums so far, and so on
                 part[:, 0] += lanes
             np.add.reduce(part, axis=1, out=lanes)

@@ -130,7 +130,7 @@ def _limit(chance: float | torch.Tensor) -> tuple[int, Words | None]:
     # u < c for u = (h >> 8) / 2^24 is h <= limit, so no number is made of the hash h.
     if isinstance(chance, torch.Tensor):
         return 0, chance.numpy().view(np.uint32)
-    return (math.ceil(float(np.float32(chance)) * (1 << _BITS)) << _SPARE) - 1, None
+    return (min(math.ceil(float(np.float32(chance)) * (1 << _BITS)), 1 << _BITS) << _SPARE) - 1, None
 
 
 def _mixes(limit: int) -> bool:

@@ -23,13 +23,13 @@ FIRST: Slot = ("first",)
 """The slot of the first model while products are made."""
 _OTHER: Slot = ("other",)
 _PRODUCT: Slot = ("product",)
-_MOST_AT_ONCE = 64
+_MOST_AT_ONCE = 24
 """Sources whose products compiled functions sum. The memory of more would be worth a term in the budget."""
 
 
 AddTo = Callable[[list[float], "Chunk", int], "list[float] | None"]
-"""The ``add_to`` that a look may have: (totals, chunk, grain) -> the totals with the sums of the chunk's terms, grain by
-grain, in the order of :class:`_Sums`, by compiled functions. None if these cannot. Totals are empty at first."""
+"""The ``add_compiled`` that a look may have: (totals, chunk, grain) -> the totals with the sums of the chunk's terms, grain
+by grain, in the order of :class:`_Sums`, by compiled functions. None if these cannot. Totals are empty at first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class _Sums:
 
     def __call__(self, look: Look, chunks: Iterable[Chunk]) -> list[torch.Tensor]:
         totals: list[torch.Tensor] = []
-        adds: AddTo | None = getattr(look, "add_to", None)
+        adds: AddTo | None = getattr(look, "add_compiled", None)
         for whole in chunks:
             added = None if adds is None else adds([total.item() for total in totals], whole, self.grain)
             if added is None:
@@ -113,7 +113,7 @@ class _Pairs:
     def __call__(self, chunk: Chunk) -> Iterator[torch.Tensor]:
         return products(chunk, self.models, self.deltas)
 
-    def add_to(self, totals: list[float], chunk: Chunk, grain: int) -> list[float] | None:
+    def add_compiled(self, totals: list[float], chunk: Chunk, grain: int) -> list[float] | None:
         held = chunk.held()
         if held is None or len(held) > _MOST_AT_ONCE:
             return None

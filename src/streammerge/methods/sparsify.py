@@ -208,8 +208,10 @@ class Masked:
 def _multiply(delta: torch.Tensor, bits: Bits, table: Any, room: torch.Tensor) -> None:
     """Multiplies numbers by what their bits stand for in the table. ``room`` has the size of the numbers."""
     import numpy as np
+    import torch
 
-    if (compiled := library()) is not None:
+    known_here = delta.dtype in (torch.float32, torch.float64) and delta.is_contiguous() and delta.device.type == "cpu"
+    if known_here and (compiled := library()) is not None:
         multiply = compiled.streammerge_mask_f64 if delta.itemsize == 8 else compiled.streammerge_mask_f32
         multiply(delta.data_ptr(), address(bits), address(table), len(delta))
         return
@@ -328,12 +330,12 @@ class _Magnitudes:
             masked = self.masked
             yield masked(chunk, model, magnitudes, keep=True) if masked else self.sparsify(chunk, model, magnitudes)
 
-    def add_to(self, totals: list[float], chunk: Chunk, grain: int) -> list[float] | None:
+    def add_compiled(self, totals: list[float], chunk: Chunk, grain: int) -> list[float] | None:
         import numpy as np
         import torch
 
         held = single_held(chunk)
-        if held is None or self.masked is None:
+        if held is None or self.masked is None or (grain % 8 and chunk.elems > grain):  # a byte has the bits of eight
             return None
         made, sums = list[float](), list(totals)
         base, models = held[0], held[1:]

@@ -88,7 +88,7 @@ class _Mixed:
     def _applied(self, chunk: Chunk, mixed: torch.Tensor) -> torch.Tensor:
         return scaled(mixed, self._scale).add_(chunk.base)
 
-    def put(self, chunk: Chunk, out: torch.Tensor) -> bool:
+    def put_compiled(self, chunk: Chunk, out: torch.Tensor) -> bool:
         """Writes the rounded result by compiled functions. Returns whether it is done, and all of it is finite."""
         if self._mask_of is None:
             return False
@@ -109,6 +109,8 @@ class _Mixed:
 
     def _differences(self, factors: list[float]) -> Differences:
         """Returns the compiled functions for these factors, which are those of a tensor."""
+        import torch
+
         if self._compiled is None or self._compiled[0] != factors:
             made = Differences(
                 self._weight,
@@ -118,7 +120,7 @@ class _Mixed:
                 divisor=self._divisor,
                 elects=self._elect,
                 normalizes=self._normalize,
-                least=_least(self._weight),
+                least=_least(self._weight, torch.float32),
             )
             self._compiled = factors, made
         return self._compiled[1]
@@ -187,15 +189,18 @@ def winners(chunk: Chunk, deltas: list[torch.Tensor], weight: Sequence[float], n
     mixed = deltas[0].mul_(sign)
     if not normalize:
         return mixed
-    least = _least(weight)
+    least = _least(weight, chunk.compute)
     if not least:
         return mixed.div_(divisor.add_(torch.eq(divisor, 0, out=agrees)))
     return mixed.div_(divisor.clamp_(min=least))  # 0 / w is 0
 
 
-def _least(weight: Sequence[float]) -> float:
+def _least(weight: Sequence[float], compute: torch.dtype) -> float:
     """Returns the least that a sum of agreeing weights is, but for 0. 0 if weights may cancel each other out."""
-    return 0.0 if min(weight) < 0 else min([w for w in weight if w], default=1.0)
+    import torch
+
+    rounded = torch.tensor(weight, dtype=compute).tolist()  # a tiny one may be 0 there
+    return 0.0 if min(rounded) < 0 else min([w for w in rounded if w], default=1.0)
 
 
 def _to_signs(values: torch.Tensor) -> None:

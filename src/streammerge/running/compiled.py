@@ -76,14 +76,11 @@ class CompiledMaker:
         self.nonfinite, self.spans = kernel.nonfinite, kernel.spans
 
     def put(self, start: int, stop: int, outgoing: Outgoing) -> memoryview:
-        dtype = self._kernel.task.out.dtype
-        self._source.move_to(start, stop)
-        if self._taking is not None:
-            self._taking.move_to(start, stop)
-        part = outgoing.room((stop - start) * dtype.element_bytes)
+        chunk = self._kernel.chunk(start, stop)
+        part = outgoing.room((stop - start) * self._kernel.task.out.dtype.element_bytes)
         if not self._sums.put(self._source, start, stop, part):
             outgoing.take_back(len(part))
-            return self._kernel.put(start, stop, outgoing)
+            return self._kernel.put_chunk(chunk, outgoing)
         if self._taking is not None:
             self._taking.made(part)
         return part

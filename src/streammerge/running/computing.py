@@ -103,7 +103,7 @@ class KernelMaker:
         taking: Taking | None = None,
     ) -> None:
         self.task, self.kernel = task, kernel
-        self._puts: Callable[[Chunk, torch.Tensor], bool] | None = getattr(kernel, "put", None)
+        self._puts: Callable[[Chunk, torch.Tensor], bool] | None = getattr(kernel, "put_compiled", None)
         """Rounds the kernel's result into memory by compiled functions. Returns whether it is done, and all is finite."""
         self.nonfinite: dict[str, int] = {}
         self._source, self._workspace, self._chunk_elems, self._taking = source, workspace, chunk_elems, taking
@@ -116,9 +116,13 @@ class KernelMaker:
         return chunk_of(self.task, self._source, self._workspace, start, stop, self._taking)
 
     def put(self, start: int, stop: int, outgoing: Outgoing) -> memoryview:
+        return self.put_chunk(self.chunk(start, stop), outgoing)
+
+    def put_chunk(self, chunk: Chunk, outgoing: Outgoing) -> memoryview:
+        """Makes a chunk, which is the last that :meth:`chunk` has returned."""
         import torch
 
-        chunk, dtype = self.chunk(start, stop), self.task.out.dtype.component
+        dtype = self.task.out.dtype.component
         part = outgoing.room(chunk.elems * dtype.element_bytes)
         out = torch.frombuffer(part, dtype=dtype.torch)
         if self._puts is None or not self._puts(chunk, out):
