@@ -60,11 +60,11 @@ def sums_of(task: MergeTask, kernel: object, totals: memoryview) -> Sums | None:
 
     They are the kernel's if that computes in float64.
     """
-    import numpy as np
-
     dtypes = [task.out.dtype, *(source.spec.dtype for source in task.sources)]
     if not isinstance(kernel, Combination) or not known(dtypes):
         return None
+    import numpy as np
+
     return Sums(task, kernel, np.frombuffer(totals, np.float64) if totals else np.empty(0))
 
 
