@@ -64,6 +64,7 @@ def put(group: TensorGroup, kernel: Any, dtype: torch.dtype) -> tuple[torch.Tens
 @pytest.mark.parametrize("elems", [1, 769, 70_001])
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("number", range(len(MERGES)))
+@pytest.mark.sampled(4)
 def test_merges_have_the_bits_of_torch(
     number: int, count: int, elems: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

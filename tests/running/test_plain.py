@@ -86,6 +86,7 @@ def octets(values: torch.Tensor) -> bytes:
 @pytest.mark.parametrize("out", FLOATS)
 @pytest.mark.parametrize("dtypes", [[a] for a in FLOATS] + [[a, b] for a in FLOATS for b in FLOATS])
 @pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.sampled(4)
 def test_sums_have_the_bytes_of_the_kernel(dtypes: list[DType], out: DType, normalize: bool) -> None:
     models = [numbers(dtype, number) for number, dtype in enumerate(dtypes)]
     for weights in ([0.6, 0.4], [1.0, 1.0], [1.0, -0.3], [3.0, 1.0], [0.0, 0.7]):
