@@ -31,7 +31,7 @@ from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import TensorSpec
 
 __all__ = ["bench"]
-pytestmark = pytest.mark.usefixtures("compiled_or_not")
+BOTH = pytest.mark.usefixtures("compiled_or_not")
 FLOATS = [DType.F64, DType.F32, DType.BF16, DType.F16]
 N = 20_001
 
@@ -87,6 +87,7 @@ def octets(values: torch.Tensor) -> bytes:
 @pytest.mark.parametrize("dtypes", [[a] for a in FLOATS] + [[a, b] for a in FLOATS for b in FLOATS])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.sampled(4)
+@BOTH
 def test_sums_have_the_bytes_of_the_kernel(dtypes: list[DType], out: DType, normalize: bool) -> None:
     models = [numbers(dtype, number) for number, dtype in enumerate(dtypes)]
     for weights in ([0.6, 0.4], [1.0, 1.0], [1.0, -0.3], [3.0, 1.0], [0.0, 0.7]):
@@ -99,6 +100,7 @@ def test_sums_have_the_bytes_of_the_kernel(dtypes: list[DType], out: DType, norm
 
 
 @pytest.mark.parametrize("method", ["n_average", "ema"])
+@BOTH
 def test_other_sums_and_parts_of_a_tensor(method: str) -> None:
     models = [numbers(DType.F32, number) for number in range(5)]
     task = task_of(find_method(method), models, DType.BF16)
@@ -112,6 +114,7 @@ def test_other_sums_and_parts_of_a_tensor(method: str) -> None:
 
 @pytest.mark.parametrize("out", FLOATS)
 @pytest.mark.parametrize("dtype", FLOATS)
+@BOTH
 def test_conversions_have_the_bytes_of_torch(dtype: DType, out: DType) -> None:
     model = numbers(dtype, 7)
     found, agreed = made(task_of(COPY, [model], out), [model])
@@ -121,6 +124,7 @@ def test_conversions_have_the_bytes_of_torch(dtype: DType, out: DType) -> None:
 
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0xFF800001, 0x7F7FFFFF])
 @pytest.mark.parametrize("place", [0, 9000, N - 1])
+@BOTH
 def test_nan_and_overflows_are_never_sure(bits: int, place: int) -> None:
     """The last bits are the largest float32, which is infinite in shorter dtypes. Those of NaN could be rounded to -0."""
     model = torch.ones(N)
@@ -145,6 +149,7 @@ def with_infinities(models: list[torch.Tensor]) -> tuple[list[torch.Tensor], tor
 
 @pytest.mark.parametrize("out", FLOATS)
 @pytest.mark.parametrize("dtypes", [[a] for a in FLOATS] + [[a, b] for a in FLOATS for b in FLOATS])
+@BOTH
 def test_infinities_that_all_have_stay_and_all_else_is_the_kernels(dtypes: list[DType], out: DType) -> None:
     plain = [numbers(dtype, number) for number, dtype in enumerate(dtypes)]
     models, where = with_infinities(plain)
@@ -164,6 +169,7 @@ def test_infinities_that_all_have_stay_and_all_else_is_the_kernels(dtypes: list[
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("other", [0.5, math.inf, math.nan])
 @pytest.mark.parametrize("model", [0, 1, 2])
+@BOTH
 def test_one_other_number_leaves_the_chunk_to_the_kernel(dtype: DType, other: float, model: int) -> None:
     models, _ = with_infinities([torch.ones(N, dtype=dtype.torch) for _ in range(3)])
     task = task_of(LINEAR, models, dtype, weight=[1.0] * 3)
