@@ -20,6 +20,8 @@ CODE = "from streammerge.compiled import library; print(library.library() is not
 def test_version_and_functions_are_those_of_the_source() -> None:
     text = SOURCE.read_text()
     assert f"#define VERSION {library.VERSION} " in text
+    assert f"#define LANES {library.LANES}\n" in text
+    assert f"#define SUMMED ({library.SUMMED // library.LANES} * LANES)\n" in text
     for name, arguments in library._FUNCTIONS.items():
         declared = text.partition(f" streammerge_{name}(")[2].partition(")")[0]
         assert declared.count(",") + 1 == len(arguments)

@@ -54,17 +54,21 @@ static inline float of_half(uint16_t half) {
     return as_float(bits | sign);
 }
 
-CLONES static void load_f32(const loose_float *restrict in, double *restrict out, int64_t elems) {
-    for (int64_t i = 0; i < elems; i++) out[i] = in[i];
-}
+static inline float of_bf16(uint16_t half) { return as_float((uint32_t)half << 16); }
 
-CLONES static void load_bf16(const loose_half *restrict in, double *restrict out, int64_t elems) {
-    for (int64_t i = 0; i < elems; i++) out[i] = as_float((uint32_t)in[i] << 16);
-}
+static inline float same(float value) { return value; }
 
-CLONES static void load_f16(const loose_half *restrict in, double *restrict out, int64_t elems) {
-    for (int64_t i = 0; i < elems; i++) out[i] = of_half(in[i]);
-}
+/* Loads numbers of a type by way of float32, in which all are exact. */
+#define LOAD(NAME, FROM, TO, CONVERT)                                                                              \
+    CLONES static void NAME(const FROM *restrict in, TO *restrict out, int64_t elems) {                            \
+        for (int64_t i = 0; i < elems; i++) out[i] = CONVERT(in[i]);                                               \
+    }
+
+LOAD(load_f32, loose_float, double, same)
+LOAD(load_bf16, loose_half, double, of_bf16)
+LOAD(load_f16, loose_half, double, of_half)
+LOAD(single_bf16, loose_half, float, of_bf16)
+LOAD(single_f16, loose_half, float, of_half)
 
 static void load(const void *in, int32_t dtype, int64_t begin, int64_t elems, double *out) {
     const char *from = (const char *)in + begin * SIZES[dtype];
@@ -74,14 +78,6 @@ static void load(const void *in, int32_t dtype, int64_t begin, int64_t elems, do
     case BF16: load_bf16((const loose_half *)from, out, elems); break;
     default: load_f16((const loose_half *)from, out, elems);
     }
-}
-
-CLONES static void single_bf16(const loose_half *restrict in, float *restrict out, int64_t elems) {
-    for (int64_t i = 0; i < elems; i++) out[i] = as_float((uint32_t)in[i] << 16);
-}
-
-CLONES static void single_f16(const loose_half *restrict in, float *restrict out, int64_t elems) {
-    for (int64_t i = 0; i < elems; i++) out[i] = of_half(in[i]);
 }
 
 /* Not for F64. */
@@ -141,10 +137,6 @@ STORE(store_f16, double, loose_half, to_half, INFINITE_HALF)
 STORE(single_to_f32, float, loose_float, as_float, 0x7f800000)
 STORE(single_to_bf16, float, loose_half, to_bf16, INFINITE_BF16)
 STORE(single_to_f16, float, loose_half, to_half, INFINITE_HALF)
-
-CLONES static void widen(const float *restrict in, double *restrict out, int64_t elems) {
-    for (int64_t i = 0; i < elems; i++) out[i] = in[i];
-}
 
 static int store(const double *in, void *out, int32_t dtype, int64_t begin, int64_t elems) {
     char *into = (char *)out + begin * SIZES[dtype];
@@ -234,8 +226,8 @@ void streammerge_sums(
 
 /* ---- sums of many numbers ---- */
 
-/* A sum of numbers is made in this order on every machine: number i is added to the sum i % LANES, which begins with 0. Then the upper half
-   of the sums is added to the lower half, until one is left. */
+/* A sum of numbers is made in this order on every machine: number i is added to the sum i % LANES, which begins with 0.
+   Then the upper half of the sums is added to the lower half, until one is left. */
 #define LANES 256
 
 /* So many lanes are held in vector registers. */
@@ -461,11 +453,11 @@ void streammerge_magnitudes(
             load_single(base, base_dtype, begin, n, of_base);
             subtract_single(row, of_base, n);
             magnitude_single(row, n);
-            widen(row, wide, n);
+            load_f32(row, wide, n);
             add_f64(all, wide, begin > start, n);
             if (!bits) continue;
             streammerge_mask_f32(row, bits + begin / 8, table, n);
-            widen(row, wide, n);
+            load_f32(row, wide, n);
             add_f64(kept, wide, begin > start, n);
         }
         double sum = joined(all), of_kept = bits ? joined(kept) : sum;
@@ -538,7 +530,7 @@ int32_t streammerge_differences(
         }
         if (elects) {
             memcpy(signs, rows, sizeof(float) * (size_t)n);
-            if (models == 1) for (int64_t i = 0; i < n; i++) signs[i] += 0.0f;
+            if (models == 1) for (int64_t i = 0; i < n; i++) signs[i] += 0.0f; /* as torch adds 0 to the only one */
             for (int32_t i = 1; i < models; i++) add_single(signs, rows + i * SUMMED, n);
             to_signs(signs, n);
             for (int32_t i = 0; i < models; i++) {

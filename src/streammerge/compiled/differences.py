@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from streammerge.compiled.library import address, library
+from streammerge.compiled.library import SUMMED, address, functions
 from streammerge.compiled.numbers import CODES
 from streammerge.tensors.dtypes import DType
 
@@ -13,9 +13,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     Array = np.ndarray[Any, np.dtype[Any]]
-
-_SUMMED = 3 * 256
-"""As in ``arithmetic.c``."""
 
 
 class Differences:
@@ -43,7 +40,7 @@ class Differences:
         self._weights, self._factors = np.array(weights, np.float32), np.array(factors, np.float32)
         self._tables = np.concatenate([each.reshape(-1) for each in tables]).astype(np.float32, copy=False)
         self._how = int(elects), int(normalizes), least, divisor, scale
-        self._rows = np.empty((len(weights) + 3) * _SUMMED, np.float32)
+        self._rows = np.empty((len(weights) + 3) * SUMMED, np.float32)
 
     def put(
         self,
@@ -62,12 +59,9 @@ class Differences:
         """
         import numpy as np
 
-        found = library()
-        if found is None:
-            raise RuntimeError("there are no compiled functions")
         places, codes = np.array(models, np.uintp), np.array([CODES[dtype] for dtype in dtypes], np.int32)
         masks = np.array([0 if each is None else address(each) for each in bits], np.uintp)
-        odd: int = found.streammerge_differences(
+        odd: int = functions().streammerge_differences(
             elems,
             len(places),
             address(places),
@@ -101,10 +95,7 @@ def add_magnitudes(
     """Adds the sums of the magnitudes of all differences and of those that a mask keeps to two totals in float64, grain by
     grain. ``begun``: whether the totals have begun; else they begin with the first grain. ``table``: what 8 bits stand for,
     1 and 0 in float32."""
-    found = library()
-    if found is None:
-        raise RuntimeError("there are no compiled functions")
     mask = None if bits is None else address(bits)
-    found.streammerge_magnitudes(
+    functions().streammerge_magnitudes(
         elems, model, CODES[dtype], base, CODES[base_dtype], mask, address(table), grain, address(totals), begun
     )

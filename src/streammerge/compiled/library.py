@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 VERSION = 1
 """That of ``arithmetic.c``. A library that was built from another version of it is not used."""
 NAME = "arithmetic.so"
+LANES, SUMMED = 256, 3 * 256
+"""As in ``arithmetic.c``: the sums that numbers are added to in turn, and the numbers that are added at once."""
 _I32, _I64, _U32, _F, _P = ctypes.c_int32, ctypes.c_int64, ctypes.c_uint32, ctypes.c_float, ctypes.c_void_p
 _FUNCTIONS = {
     "sums": (_I64, _I32, _P, _P, _I32, _P, _P, _P, _P, _P, _P, _I64, _P, _I32, _P),
@@ -36,6 +38,14 @@ _RESULTS = {"differences": _I32}
 def library() -> ctypes.CDLL | None:
     """Returns the compiled functions, None if there are none. A call of one lets other threads run."""
     return _loaded()
+
+
+def functions() -> ctypes.CDLL:
+    """Returns the compiled functions, for those who have asked whether there are some. Raises RuntimeError if not."""
+    found = _loaded()
+    if found is None:
+        raise RuntimeError("there are no compiled functions")
+    return found
 
 
 @cache

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from streammerge.compiled.library import address, library
+from streammerge.compiled.library import LANES, SUMMED, address, functions
 from streammerge.compiled.numbers import CODES
 from streammerge.tensors.dtypes import DType
-
-_SUMMED, _LANES = 3 * 256, 256
 
 
 class Products:
@@ -24,21 +22,18 @@ class Products:
         count = len(sources)
         self._dtypes = np.array([CODES[dtype] for dtype in sources], np.int32)
         self._base, self._grain = 0 if base is None else CODES[base], grain
-        self._tiles = np.empty((count + 1) * _SUMMED)
+        self._tiles = np.empty((count + 1) * SUMMED)
         self._begun = bool(totals)
         self._totals = np.array(totals or [0.0] * (count * (count + 1) // 2))
-        self._lanes = np.empty(len(self._totals) * _LANES)
+        self._lanes = np.empty(len(self._totals) * LANES)
 
     def add(self, sources: Sequence[int], base: int | None, elems: int) -> list[float]:
         """Returns the sums with the grains of a chunk, which begins with one. ``sources`` and ``base``: the addresses of
         their numbers."""
         import numpy as np
 
-        found = library()
-        if found is None:
-            raise RuntimeError("there are no compiled functions")
         places = np.array(sources, np.uintp)
-        found.streammerge_products(
+        functions().streammerge_products(
             elems,
             len(places),
             address(places),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from streammerge.compiled.library import address, library
+from streammerge.compiled.library import address, functions
 from streammerge.compiled.numbers import CODES
 from streammerge.tensors.dtypes import DType
 
@@ -43,10 +43,7 @@ class CompiledSums:
     ) -> None:
         import numpy as np
 
-        found = library()
-        if found is None:
-            raise RuntimeError("there are no compiled functions")
-        self._call = found.streammerge_sums
+        self._call = functions().streammerge_sums
         self._weights = np.array(weights, np.float64)
         self._factors = np.array([factor for factor, _ in quotients], np.float64)
         self._divides = np.array([divides for _, divides in quotients], np.uint8)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from streammerge.compiled.library import library
+from streammerge.compiled.library import LANES, library
 from streammerge.compiled.numbers import CODES
 from streammerge.tensors.dtypes import BY_TORCH_NAME, DType
 from streammerge.tensors.spec import ranges
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
-LANES = 256
-"""As in ``arithmetic.c``."""
 _AT_ONCE = 1 << 15
 """So many numbers are converted to float64 at once."""
 
