@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import streammerge as sm
 from streammerge.compiled import library
-from streammerge.running.compiled import Sums
+from streammerge.running.compiled import TaskSums
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason="the package was built without a C compiler")
 
@@ -68,9 +68,9 @@ def test_a_merge_has_the_bytes_of_one_without_them(
     options = {**options, "allow_nonfinite": True}
     if "base" in options:
         options["base"] = paths[options["base"]]
-    calls, plain = list[int](), Sums.put
+    calls, plain = list[int](), TaskSums.put
     monkeypatch.setattr(
-        Sums, "put", lambda self, source, a, b, into: calls.append(b - a) or plain(self, source, a, b, into)
+        TaskSums, "put", lambda self, source, a, b, into: calls.append(b - a) or plain(self, source, a, b, into)
     )
     made = [tmp_path / "with.safetensors", tmp_path / "without.safetensors"]
     result = sm.merge(paths[:count], made[0], **options, **ways)

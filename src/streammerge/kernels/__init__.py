@@ -8,6 +8,7 @@ Each module imports only modules above it::
     row_ranking  ranks of numbers within rows
     agreed       infinities and NaN that all inputs have
     chunk        the numbers of every model at some elements
+    places       where numbers lie, for compiled functions
     lanes        sums in one order on every machine
     reductions   sums over a group, in one pass
     batch        small tensors of equal shape, computed together

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from streammerge.compiled.library import LANES, library
 from streammerge.compiled.numbers import CODES
-from streammerge.tensors.dtypes import BY_TORCH_NAME, DType
+from streammerge.kernels.places import dtype_of
 from streammerge.tensors.spec import ranges
 
 if TYPE_CHECKING:
@@ -22,10 +22,6 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 1 << 15
 """So many numbers are converted to float64 at once."""
-
-
-def dtype_of(values: torch.Tensor) -> DType:
-    return BY_TORCH_NAME[str(values.dtype).removeprefix("torch.")]
 
 
 def row_sums(rows: torch.Tensor) -> torch.Tensor:

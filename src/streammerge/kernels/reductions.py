@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from streammerge.compiled.numbers import known
 from streammerge.compiled.products import Products
 from streammerge.kernels.chunk import OPERAND, Slot
-from streammerge.kernels.lanes import dtype_of, row_sums
+from streammerge.kernels.lanes import row_sums
+from streammerge.kernels.places import places
 from streammerge.tensors.spec import ranges
 
 if TYPE_CHECKING:
@@ -114,15 +114,13 @@ class _Pairs:
         return products(chunk, self.models, self.deltas)
 
     def add_compiled(self, totals: list[float], chunk: Chunk, grain: int) -> list[float] | None:
-        held = chunk.held()
-        if held is None or len(held) > _MOST_AT_ONCE:
+        found = places(chunk)
+        if found is None or len(found) > _MOST_AT_ONCE:
             return None
-        dtypes, places = [dtype_of(each) for each in held], [each.data_ptr() for each in held]
-        if not known(dtypes):
-            return None
+        at, dtypes = [place for place, _ in found], [dtype for _, dtype in found]
         first, based = int(chunk.based), self.deltas
         sums = Products(dtypes[first:], dtypes[0] if based else None, grain, totals)
-        return sums.add(places[first:], places[0] if based else None, chunk.elems)
+        return sums.add(at[first:], at[0] if based else None, chunk.elems)
 
 
 def products(chunk: Chunk, models: int, deltas: bool) -> Iterator[torch.Tensor]:

@@ -13,17 +13,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from streammerge.compiled.differences import add_magnitudes
 from streammerge.compiled.library import address, library
-from streammerge.compiled.numbers import known
 from streammerge.errors import RecipeError
 from streammerge.kernels.chunk import Chunk
 from streammerge.kernels.group import TensorGroup
-from streammerge.kernels.lanes import dtype_of
 from streammerge.kernels.masks import Masks, masks_bytes
+from streammerge.kernels.places import single_places
 from streammerge.kernels.random import limits
 from streammerge.kernels.ranking import Cut
 from streammerge.kernels.row_ranking import by_rank
 from streammerge.methods.contracts import Values
-from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import GRAIN, ranges
 
 if TYPE_CHECKING:
@@ -334,7 +332,7 @@ class _Magnitudes:
         import numpy as np
         import torch
 
-        held = single_held(chunk)
+        held = single_places(chunk)
         if held is None or self.masked is None or (grain % 8 and chunk.elems > grain):  # a byte has the bits of eight
             return None
         made, sums = list[float](), list(totals)
@@ -348,20 +346,6 @@ class _Magnitudes:
             add_magnitudes(both, bool(sums), *model, *base, mask.bits, table, grain, chunk.elems)
             made += both.tolist()
         return made
-
-
-def single_held(chunk: Chunk) -> list[tuple[int, DType]] | None:
-    """Returns the address and the dtype of the numbers of the base and of each model. None if compiled functions that
-    compute in float32 cannot take them."""
-    import torch
-
-    held = chunk.held() if chunk.compute == torch.float32 and chunk.based else None
-    if held is None:
-        return None
-    dtypes = [dtype_of(each) for each in held]
-    if DType.F64 in dtypes or not known(dtypes):
-        return None
-    return [(each.data_ptr(), dtype) for each, dtype in zip(held, dtypes, strict=True)]
 
 
 def table_of(factor: float) -> Any:

@@ -18,7 +18,7 @@ from streammerge.compiled.differences import Differences
 from streammerge.compiled.numbers import known
 from streammerge.kernels.chunk import OPERAND, Chunk, Kernel, Slot
 from streammerge.kernels.group import TensorGroup
-from streammerge.kernels.lanes import dtype_of
+from streammerge.kernels.places import dtype_of, single_places
 from streammerge.methods.contracts import PerModel, Values, merge_method
 from streammerge.methods.linear import scaled
 from streammerge.methods.sparsify import (
@@ -38,7 +38,6 @@ from streammerge.methods.sparsify import (
     magprune_in,
     rescaled,
     rescaled_in,
-    single_held,
     table_of,
 )
 from streammerge.tensors.dtypes import DType
@@ -95,7 +94,7 @@ class _Mixed:
         out_dtype, count = dtype_of(out), len(self._weight)
         if count > _MOST_AT_ONCE or out_dtype == DType.F64 or not known([out_dtype]):
             return False
-        held = single_held(chunk)
+        held = single_places(chunk)
         if held is None:
             return False
         masks = [mask for model in range(count) if (mask := self._mask_of(chunk, model)) is not None]

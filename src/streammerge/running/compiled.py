@@ -30,7 +30,7 @@ class Octets(Protocol):
     def stays(self, source: int, /) -> bool: ...
 
 
-class Sums:
+class TaskSums:
     """The sums of a task. ``totals``: a float64 for each element that is asked for at once, if sources are many."""
 
     def __init__(self, task: MergeTask, kernel: Combination, totals: _Array) -> None:
@@ -55,7 +55,7 @@ class Sums:
         return finite
 
 
-def sums_of(task: MergeTask, kernel: object, totals: memoryview) -> Sums | None:
+def sums_of(task: MergeTask, kernel: object, totals: memoryview) -> TaskSums | None:
     """Returns the sums of a task in this memory. None if its kernel is no sum, or cannot be made by compiled functions.
 
     They are the kernel's if that computes in float64.
@@ -65,13 +65,13 @@ def sums_of(task: MergeTask, kernel: object, totals: memoryview) -> Sums | None:
         return None
     import numpy as np
 
-    return Sums(task, kernel, np.frombuffer(totals, np.float64) if totals else np.empty(0))
+    return TaskSums(task, kernel, np.frombuffer(totals, np.float64) if totals else np.empty(0))
 
 
 class CompiledMaker:
     """Makes sums by compiled functions. What is not finite is settled by the kernel's maker."""
 
-    def __init__(self, sums: Sums, kernel: KernelMaker, source: Inputs, taking: Taking | None) -> None:
+    def __init__(self, sums: TaskSums, kernel: KernelMaker, source: Inputs, taking: Taking | None) -> None:
         self._sums, self._kernel, self._source, self._taking = sums, kernel, source, taking
         self.nonfinite, self.spans = kernel.nonfinite, kernel.spans
 

@@ -18,7 +18,7 @@ from streammerge.kernels.group import TensorGroup
 from streammerge.methods.linear import Combination, combination
 from streammerge.methods.registry import COPY, INTEGERS
 from streammerge.planning.tasks import MergeTask
-from streammerge.running.compiled import Octets, Sums, sums_of
+from streammerge.running.compiled import Octets, TaskSums, sums_of
 from streammerge.running.workspace import load_torch
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import GRAIN, ranges
@@ -71,7 +71,7 @@ class PlainNumbers:
 
         self._task: MergeTask | None = None
         self._kernel = combination((1.0,))
-        self._compiled: Sums | None = None
+        self._compiled: TaskSums | None = None
         self._memory = memory
         self._totals = np.frombuffer(memory, np.float64) if memory else np.empty(0)
         self._term, self._single, self._words = np.empty(_ELEMS), np.empty(_ELEMS, np.float32), np.empty(_ELEMS, np.uint32)

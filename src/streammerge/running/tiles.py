@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from streammerge.kernels.chunk import Chunk, Slot
-from streammerge.kernels.lanes import dtype_of
+from streammerge.kernels.places import dtype_of
 from streammerge.methods.linear import Combination, Combinations
 from streammerge.tensors.spec import ranges
 
