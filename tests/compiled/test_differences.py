@@ -93,6 +93,10 @@ def test_what_is_not_finite_is_left_to_torch(odd: float) -> None:
     group = TensorGroup.of(model, base=base)
     _, done = put(group, kernel_of(group, "task_arithmetic", {"weight": [0.5]}), torch.float32)
     assert not done
+    rounded = TensorGroup.of(torch.full((1000,), 65519.0), base=torch.full((1000,), 65488.0))
+    for weight, wanted in ((1.0, True), (1.05, False)):  # 65,520 is the least that is infinite as a half
+        kernel = kernel_of(rounded, "task_arithmetic", {"weight": [weight], "lambda": 1.0})
+        assert put(rounded, kernel, torch.float16)[1] is wanted
     large = TensorGroup.of(torch.full((1000,), 3e38), base=torch.full((1000,), -3e38))
     assert not put(large, kernel_of(large, "task_arithmetic", {"weight": [0.5]}), torch.float32)[1]
 

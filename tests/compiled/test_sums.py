@@ -139,3 +139,17 @@ def test_other_memory_is_left_alone() -> None:
     sums = CompiledSums([[1.0] * 65], [(1.0, False)], kinds, [DType.F32], memory[:TILES_ELEMS])
     put(sums, [drawn(DType.BF16, number, 5000) for number in range(65)], [DType.F32])
     assert (memory[TILES_ELEMS:] == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("out", "least"),
+    [(DType.BF16, np.uint32(0x7F7F8000).view(np.float32)), (DType.F16, np.float32(65520)), (DType.F32, None)],
+)
+def test_the_least_number_that_is_rounded_to_infinity(out: DType, least: np.float32 | None) -> None:
+    first = 2.0**128 * (1 - 2.0**-25) if least is None else float(least)  # halfway to what would be the next float32
+    below = np.nextafter(first, 0.0) if least is None else float(np.nextafter(least, np.float32(0)))
+    for number, wanted in ((first, False), (below, True)):
+        for sign in (1, -1):
+            row = np.full(11, sign * number)
+            _, finite = put(CompiledSums([[1.0]], [(1.0, False)], [DType.F64], [out]), [row.view(np.uint64)], [out])
+            assert finite == [wanted]

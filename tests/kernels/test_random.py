@@ -67,12 +67,17 @@ def plain(seed: int, name: str, model: int, element: int) -> int:
         word ^= word >> 13
         word = word * 0xC2B2AE35 & 0xFFFFFFFF
         word ^= word >> 16
-    return word >> 8
+    return word
+
+
+def hashed(element: int) -> int:
+    """Returns the hash that :func:`draw` makes a number of."""
+    return plain(0, "w", 0, element)
 
 
 def test_they_are_the_described_hashes() -> None:
     for start in (0, 5, GRAIN - 3, 3 * GRAIN + 7):
-        expected = [plain(9, "w.x", 2, start + i) / (1 << 24) for i in range(50)]
+        expected = [(plain(9, "w.x", 2, start + i) >> 8) / (1 << 24) for i in range(50)]
         assert draw(50, seed=9, name="w.x", model=2, start=start).tolist() == expected
 
 
@@ -87,21 +92,34 @@ def below(
 
 
 @pytest.mark.parametrize("chance", [1.5, 0.5, 0.25, 0.3, 2.0**-24, 1e-9, 1 - 2.0**-24, 1 - 1e-9, 0.0, 1.0])
+@pytest.mark.parametrize("start", [11, 16])  # compiled functions begin with whole bytes
 @pytest.mark.sampled(2)
-def test_those_below_a_chance_are_chosen(chance: float) -> None:
-    numbers, start, count = draw(2 * GRAIN, start=11), 11, 2 * GRAIN
+def test_those_below_a_chance_are_chosen(chance: float, start: int) -> None:
+    numbers, count = draw(2 * GRAIN, start=start), 2 * GRAIN
     chance = next((float(n) for n in numbers if chance == 0.3), chance)  # a number is not below itself
     assert torch.equal(below(start, count, chance), (numbers < chance).float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_each_element_has_its_own_chance(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("start", [GRAIN - 50, GRAIN - 48])
+def test_each_element_has_its_own_chance(dtype: torch.dtype, start: int) -> None:
     count = GRAIN + 100
-    numbers = draw(count, start=GRAIN - 50)
+    numbers = draw(count, start=start)
     chances = torch.rand(count, dtype=dtype).clamp_(min=1e-9)
     chances[:30] = numbers[:30].clamp(min=1e-9)
     chances[30] = 1.0
-    assert torch.equal(below(GRAIN - 50, count, limits(chances)), (numbers < chances).float())
+    assert torch.equal(below(start, count, limits(chances)), (numbers < chances).float())
+
+
+def test_the_next_chance_above_a_number_chooses_it() -> None:
+    """Also where all bits of a hash below those of its number are set, which is the limit itself."""
+    numbers = draw(4096)
+    above = numbers + 2.0**-24
+    assert below(0, 4096, limits(above)).all()
+    full = [number for number in range(4096) if hashed(number) & 0xFF == 0xFF]
+    assert len(full) > 8
+    for number in full:
+        assert below(0, number + 1, float(above[number]))[number] == 1
 
 
 @pytest.mark.parametrize("n", [1, 7, 1000, GRAIN // 2])
